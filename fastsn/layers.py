@@ -1,0 +1,268 @@
+"""{SN, SSN, BSN, BSSN} x {Linear, Conv1-3d, ConvTranspose1-3d, Embedding}: torch's layers with a normalised weight.
+
+Each class is a subclass of the torch layer with the same arguments plus ``scale``, ``n_power_iterations``, ``eps`` and
+``scale_bias``. The parameter stays ``weight`` (not normalised: what ``nn.init`` and optimizers expect); the child
+``spectral_norm`` holds u and v.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsn import variants, views
+from fastsn.norm import SpectralNorm
+
+_DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
+
+    Takes the arguments of ``{plain}`` and
+        scale: the constant c, a float, a tensor of one element or a (learnable, shareable) Parameter{fixed}.
+        n_power_iterations: power iterations per forward in training mode.
+        eps: floor of the norms that vectors are divided by.
+        scale_bias: multiply the bias by c too (the gamma variants of the paper).
+
+    Shapes: those of ``{plain}``. Any floating or complex dtype; u and v are float32 or wider.
+
+    Raises ValueError or TypeError for a scale that is not finite and positive{or_one}, n_power_iterations < 1, an eps
+    outside [0, 1), and what ``{plain}`` raises. Source: {source}.
+    """
+
+_EQUATIONS = {("out",): r"W / \sigma_{out}", ("out", "in"): r"W / ((\sigma_{out} + \sigma_{in})/2)"}
+
+
+class Normalised(nn.Module):
+    """What the layers share: a SpectralNorm for ``weight`` beside the arguments of the torch layer."""
+
+    variant: ClassVar[str]
+    plain: ClassVar[type[nn.Module]]
+    follows_autocast: ClassVar[bool] = True
+    weight: Tensor
+
+    def __init__(
+        self,
+        *args: Any,
+        scale: float | Tensor = 1.0,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        scale_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale_bias = scale_bias
+        self.spectral_norm = SpectralNorm(
+            self.weight,
+            n_power_iterations,
+            views.output_dim(self),
+            eps,
+            variant=self.variant,
+            scale=scale,
+            follows_autocast=self.follows_autocast,
+        )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "variant" not in cls.__dict__:
+            return
+        row = variants.VARIANTS[cls.variant]
+        cls.plain = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))
+        cls.__doc__ = _DOC.format(
+            plain=f"nn.{cls.plain.__name__}",
+            equation=("c \\, " if row.free_scale else "") + _EQUATIONS[row.views],
+            fixed="" if row.free_scale else "; it is 1 for this variant",
+            or_one="" if row.free_scale else " or not 1",
+            source=row.source,
+        )
+        # help() and editors show torch's arguments and ours, not *args and **kwargs.
+        own = [p for p in inspect.signature(Normalised.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        torchs = list(inspect.signature(cls.plain.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(torchs + own)  # type: ignore[attr-defined]
+
+    def normalised(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias that forward uses. In training mode this is a use: the vectors advance."""
+        bias: Tensor | None = getattr(self, "bias", None)
+        if self.scale_bias and bias is not None:
+            bias = self.spectral_norm.scaled(bias)
+        return self.spectral_norm(self.weight), bias
+
+    def reset_parameters(self) -> None:
+        """torch's initial draw, with u and v brought to the new weight."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "spectral_norm" in self._modules and not self.weight.is_meta:
+            self.spectral_norm.warm_up(self.weight)
+
+    def extra_repr(self) -> str:
+        """The torch layer's, the variant and the scale."""
+        return f"{super().extra_repr()}, {self.spectral_norm.extra_repr()}" + ", scale_bias=True" * self.scale_bias
+
+
+# The families below are always joined with a torch layer, whose attributes they read: hence self: Any.
+
+
+class _Linear(Normalised):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, *self.normalised())
+
+
+class _Conv(Normalised):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        output: Tensor = self._conv_forward(input, *self.normalised())
+        return output
+
+
+class _ConvTranspose(Normalised):
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        weight, bias = self.normalised()
+        positions = weight.ndim - 2
+        convolve: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[positions - 1]
+        extra = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, positions, self.dilation
+        )
+        output: Tensor = convolve(input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        return output
+
+
+class _Embedding(Normalised):
+    follows_autocast = False  # autocast leaves a lookup in the weight's own dtype
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.max_norm is not None:
+            raise ValueError(f"max_norm must be None, got {self.max_norm}: it would overwrite the normalised rows")
+        if self.sparse:
+            raise ValueError("sparse must be False, got True: the gradient of a norm touches every row")
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        weight, _ = self.normalised()
+        return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+class SNLinear(_Linear, nn.Linear):
+    variant = "sn"
+
+
+class SNConv1d(_Conv, nn.Conv1d):
+    variant = "sn"
+
+
+class SNConv2d(_Conv, nn.Conv2d):
+    variant = "sn"
+
+
+class SNConv3d(_Conv, nn.Conv3d):
+    variant = "sn"
+
+
+class SNConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    variant = "sn"
+
+
+class SNConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    variant = "sn"
+
+
+class SNConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    variant = "sn"
+
+
+class SNEmbedding(_Embedding, nn.Embedding):
+    variant = "sn"
+
+
+class SSNLinear(_Linear, nn.Linear):
+    variant = "ssn"
+
+
+class SSNConv1d(_Conv, nn.Conv1d):
+    variant = "ssn"
+
+
+class SSNConv2d(_Conv, nn.Conv2d):
+    variant = "ssn"
+
+
+class SSNConv3d(_Conv, nn.Conv3d):
+    variant = "ssn"
+
+
+class SSNConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    variant = "ssn"
+
+
+class SSNConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    variant = "ssn"
+
+
+class SSNConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    variant = "ssn"
+
+
+class SSNEmbedding(_Embedding, nn.Embedding):
+    variant = "ssn"
+
+
+class BSNLinear(_Linear, nn.Linear):
+    variant = "bsn"
+
+
+class BSNConv1d(_Conv, nn.Conv1d):
+    variant = "bsn"
+
+
+class BSNConv2d(_Conv, nn.Conv2d):
+    variant = "bsn"
+
+
+class BSNConv3d(_Conv, nn.Conv3d):
+    variant = "bsn"
+
+
+class BSNConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    variant = "bsn"
+
+
+class BSNConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    variant = "bsn"
+
+
+class BSNConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    variant = "bsn"
+
+
+class BSNEmbedding(_Embedding, nn.Embedding):
+    variant = "bsn"
+
+
+class BSSNLinear(_Linear, nn.Linear):
+    variant = "bssn"
+
+
+class BSSNConv1d(_Conv, nn.Conv1d):
+    variant = "bssn"
+
+
+class BSSNConv2d(_Conv, nn.Conv2d):
+    variant = "bssn"
+
+
+class BSSNConv3d(_Conv, nn.Conv3d):
+    variant = "bssn"
+
+
+class BSSNConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    variant = "bssn"
+
+
+class BSSNConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    variant = "bssn"
+
+
+class BSSNConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    variant = "bssn"
+
+
+class BSSNEmbedding(_Embedding, nn.Embedding):
+    variant = "bssn"

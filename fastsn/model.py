@@ -1,0 +1,213 @@
+"""Whole networks at once: what a training loop, an inspector or an exporter does with all normalised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastsn import checks, reference, views
+from fastsn.layers import Normalised
+from fastsn.norm import WARM_UP_ITERATIONS, SpectralNorm
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Sigmas(NamedTuple):
+    """The norms of one weight: the divisor, and what it is the mean of (``None`` where a norm is not measured)."""
+
+    sigma: float
+    sigma_out: float
+    sigma_in: float | None
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where a norm sits: in a fastsn layer, or as number ``index`` of the parametrizations of ``owner.tensor``."""
+
+    name: str
+    owner: nn.Module
+    tensor: str
+    norm: SpectralNorm
+    index: int | None = None
+
+    def weight(self) -> Tensor:
+        """What the norm is applied to, without a side effect on any norm."""
+        if self.index is None:
+            weight = getattr(self.owner, self.tensor)
+        else:
+            chain = _parametrizations(self.owner)[self.tensor]
+            steps = list(chain)[: self.index]
+            if chain.is_tensor:
+                weight = chain.original
+            else:  # the first parametrization builds the tensor from several
+                weight = steps.pop(0)(*(getattr(chain, f"original{i}") for i in range(chain.ntensors)))
+            for part in steps:
+                weight = part.peek(weight) if isinstance(part, SpectralNorm) else part(weight)
+        return checks.weight(weight, self.name or type(self.owner).__name__)
+
+
+def _parametrizations(module: nn.Module) -> Any:
+    return module.parametrizations  # a ModuleDict of ParametrizationLists, typed by torch as Tensor | Module
+
+
+def _sites(model: nn.Module) -> list[_Site]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    sites = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, Normalised):
+            sites.append(_Site(prefix, module, "weight", module.spectral_norm))
+        if parametrize.is_parametrized(module):
+            for tensor, chain in _parametrizations(module).items():
+                name = ".".join(filter(None, (prefix, tensor if tensor != "weight" else "")))
+                norms = [(i, p) for i, p in enumerate(chain) if isinstance(p, SpectralNorm)]
+                for i, norm in norms:
+                    sites.append(_Site(name if len(norms) == 1 else f"{name}.{i}", module, tensor, norm, i))
+    return sites
+
+
+@torch.no_grad()
+def sigmas(model: nn.Module) -> dict[str, Sigmas]:
+    r"""Every layer's estimate of its spectral norms, :math:`u^H M v` with the stored vectors; nothing is iterated.
+
+    Returns:
+        {layer name: (sigma, sigma_out, sigma_in)}: sigma is what the weight is divided by; sigma_out is the norm of
+        the cout x (cin·k·k) reshape, sigma_in of the cin x (cout·k·k) reshape. sigma_in is ``None`` for "sn" and "ssn"
+        of a kernel with several positions, which never measure it. Tensors other than ``weight`` are named
+        ``layer.tensor``. A model without fastsn layers gives an empty dict.
+
+    Reads the device once for all layers. Raises ValueError for weights on the meta device.
+    """
+    sites = _sites(model)
+    values = [_measure(site) for site in sites]
+    flat = iter(torch.cat([v.double().cpu() for v in values]).tolist() if values else [])
+    result = {}
+    for site, value in zip(sites, values, strict=True):
+        numbers = [next(flat) for _ in range(len(value))]
+        weight = site.weight()
+        one_view = weight.ndim > 1 and views.as_oik(weight, site.norm.dim).shape[2] == 1
+        sigma_in = numbers[1] if len(numbers) > 1 else numbers[0] if one_view else None
+        result[site.name] = Sigmas(sum(numbers) / len(numbers), numbers[0], sigma_in)
+    return result
+
+
+def _measure(site: _Site) -> Tensor:
+    weight = _materialised(site)
+    if weight.ndim == 1:
+        return torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype))).reshape(1)
+    return torch.stack([torch.real(sigma) for sigma in site.norm.measure(weight).values()])
+
+
+def _materialised(site: _Site) -> Tensor:
+    weight = site.weight()
+    if weight.is_meta:
+        raise ValueError(f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first")
+    return weight
+
+
+@torch.no_grad()
+def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
+    """Bring u and v of every layer to its weight by ``iterations`` power iterations, stored, in any mode.
+
+    For weights that did not come from training with these vectors: loaded without them, re-initialised, averaged,
+    materialised from meta. Vectors that are unusable (non-finite, far from length 1) are drawn anew first.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: ``iterations`` < 1, or a weight on the meta device.
+    """
+    checks.count(iterations, "iterations")
+    for site in _sites(model):
+        site.norm.warm_up(_materialised(site), iterations)
+    return model
+
+
+@contextmanager
+def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
+    """Normalise every weight once for the whole block; each use in it is served the same W̄.
+
+    ::
+
+        with fastsn.step(D):                       # one power iteration per layer
+            loss = hinge(D(real), D(fake)) + penalty(D)
+        loss.backward()
+        with fastsn.step(D, advance=False):        # the generator's step: D's vectors stay as they are
+            loss = -D(G(z)).mean()
+
+    In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
+    them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
+    anew with the block's vectors. All uses share one graph, so call ``backward`` once (or keep the graph).
+
+    Raises:
+        ValueError: a weight on the meta device.
+    """
+    releases = []
+    try:
+        for site in _sites(model):
+            if site.norm.views:  # a 1-D weight has no vectors to share
+                vectors = site.norm.iterate(_materialised(site).detach())
+                if advance and site.norm.training:
+                    site.norm.store(vectors)
+                releases.append(site.norm.hold(vectors))
+        yield
+    finally:
+        for release in reversed(releases):
+            release()
+
+
+@torch.no_grad()
+def fold(model: Module) -> Module:
+    """Bake every W̄ in, in place: fastsn layers become the plain torch layers they extend, parametrizations are removed.
+
+    The folded model computes what the model computed in evaluation, bit for bit. Weights get new Parameter objects, so
+    weights tied to them keep their values and optimizers must be made anew; ``copy.deepcopy`` first to keep training.
+
+    Returns:
+        The same model (the same object even if it is itself a layer).
+
+    Raises:
+        TypeError: a user's subclass of a fastsn layer, which has no plain counterpart. The model is unchanged.
+        ValueError: a weight on the meta device. The model is unchanged.
+    """
+    sites = _sites(model)
+    for site in sites:
+        _materialised(site)
+        if isinstance(site.owner, Normalised) and "variant" not in type(site.owner).__dict__:
+            raise TypeError(f"model has {type(site.owner).__name__} at {site.name!r}, a subclass that cannot be folded")
+    for owner, tensor in dict.fromkeys((site.owner, site.tensor) for site in sites):
+        if isinstance(owner, Normalised):
+            _fold_layer(owner)
+        else:
+            _fold_parametrization(owner, tensor)
+    return model
+
+
+def _fold_layer(layer: Normalised) -> None:
+    norm = layer.spectral_norm
+    weight, bias = norm.peek(layer.weight), getattr(layer, "bias", None)
+    if layer.scale_bias and bias is not None:
+        layer.bias = nn.Parameter(norm.scaled(bias), requires_grad=bias.requires_grad)
+    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    del layer.spectral_norm, layer.scale_bias
+    layer.__class__ = layer.plain  # type: ignore[assignment]
+
+
+def _fold_parametrization(module: nn.Module, tensor: str) -> None:
+    chain = _parametrizations(module)[tensor]
+    chain.eval()
+    if not chain.is_tensor:  # several originals cannot be restored as one tensor
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+        return
+    value, original = getattr(module, tensor).clone(), chain.original
+    parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+    if isinstance(original, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=original.requires_grad)
+    setattr(module, tensor, value)

@@ -1,0 +1,236 @@
+"""SpectralNorm: the state (u, v of each view) of one normalised weight, and the policy of when that state moves.
+
+Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametrization; both call ``norm(weight)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsn import checks, reference, variants, views
+from fastsn.reference import Sigmas, Vectors
+
+WARM_UP_ITERATIONS = 15  # what torch spends at construction
+
+_BUFFERS = {"out": ("_u", "_v"), "in": ("_u_in", "_v_in")}
+
+
+class _Served(NamedTuple):
+    """A normalised weight made inside a step, and what it was made from."""
+
+    source: Tensor
+    versions: tuple[int, ...]
+    value: Tensor
+
+
+class SpectralNorm(nn.Module):
+    r"""Normalises one weight: ``norm(weight)`` returns :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
+
+    In training mode every call first runs ``n_power_iterations`` rounds of :math:`u \leftarrow M v / \|M v\|`,
+    :math:`v \leftarrow M^H u / \|M^H u\|` on each view and stores u and v in place; in evaluation nothing moves. The
+    gradient holds u and v constant. Frozen weights and ``no_grad`` iterate like any other, as in torch.
+
+    Args:
+        weight: the weight as it is now, any shape with at least one dimension. A 1-D weight is divided by its 2-norm
+            and keeps no state.
+        n_power_iterations: rounds per use in training mode, at least 1.
+        dim: the dimension of output channels.
+        eps: floor of the norms that vectors are divided by. Vectors are brought near size 1 by a power of two first,
+            so only a zero vector reaches the floor; for a 1-D weight it is the floor of the weight's own norm.
+        variant: "sn", "ssn", "bsn" or "bssn", see ``fastsn.variants``.
+        scale: the constant c of "ssn" and "bssn": a float, a tensor of one element, or a Parameter, which is learnt
+            and may be shared between norms.
+        follows_autocast: return the weight in the autocast dtype while autocast is on. For weights of operations
+            that autocast would cast anyway; the iteration itself never runs in a lower precision.
+
+    Buffers: ``_u`` (O), ``_v`` (I·K) of the view `out`; ``_u_in`` (O·K), ``_v_in`` (I) of the view `in` where the
+    variant uses it and K > 1. Unit vectors in float32 (the weight's own dtype if that is wider), which they keep when
+    the module is cast to half precision. A vector that would become zero or non-finite is not stored.
+
+    Raises:
+        ValueError, TypeError, IndexError: naming the argument, what was expected and what came.
+    """
+
+    scale: float | Tensor
+    _held: tuple[Vectors, dict[torch.dtype, _Served]] | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        n_power_iterations: int = 1,
+        dim: int = 0,
+        eps: float = 1e-12,
+        *,
+        variant: str = "sn",
+        scale: float | Tensor = 1.0,
+        follows_autocast: bool = False,
+    ) -> None:
+        super().__init__()
+        row = variants.get(variant)
+        checks.weight(weight, "weight")
+        checks.count(n_power_iterations, "n_power_iterations")
+        self.dim = views.wrap_dim(dim, weight.ndim)
+        self.eps = checks.eps(eps)
+        self.variant = variant
+        self.scale = checks.scale(scale, row)
+        self.follows_autocast = follows_autocast
+        self.views: tuple[str, ...] = ()
+        self._held = None
+        if weight.ndim > 1:
+            self.n_power_iterations = n_power_iterations
+            oik = views.as_oik(weight.detach(), self.dim)
+            self.views = views.distinct(row.views, oik)
+            for view in self.views:
+                for name, size in zip(_BUFFERS[view], views.vector_sizes(oik, view), strict=True):
+                    self.register_buffer(name, self._draw(oik.new_empty(size, dtype=reference.wide(oik.dtype))))
+            if not weight.is_meta:
+                self.store(self.iterate(weight, WARM_UP_ITERATIONS))
+
+    def _draw(self, vector: Tensor) -> Tensor:
+        return F.normalize(vector.normal_(0, 1), dim=0, eps=self.eps)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The normalised weight: same shape and strides, same dtype (or autocast's). Iterates in training mode."""
+        if weight.ndim == 1:
+            return self.scaled(F.normalize(weight, dim=0, eps=self.eps))
+        checks.weight(weight, "weight")
+        if self._held is not None:
+            return self._serve(weight, *self._held)
+        vectors = self.iterate(weight)
+        if self.training:
+            self.store(vectors)
+        return self.rescale(weight, vectors)
+
+    def scaled(self, tensor: Tensor) -> Tensor:
+        """scale * tensor, in the tensor's dtype."""
+        return tensor * (self.scale.reshape(()) if isinstance(self.scale, Tensor) else self.scale)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Assigning to a parametrized tensor stores the value as it is, as torch does."""
+        return value
+
+    def vectors(self) -> Vectors:
+        """The stored (u, v) of each view: the buffers themselves."""
+        return {view: (getattr(self, _BUFFERS[view][0]), getattr(self, _BUFFERS[view][1])) for view in self.views}
+
+    def iterate(self, weight: Tensor, rounds: int | None = None) -> Vectors:
+        """(u, v) after ``rounds`` (default: what the mode asks for), not stored. Always private copies: a graph must
+        never save the buffers, which the next forward overwrites in place."""
+        if rounds is None:
+            rounds = self.n_power_iterations if self.training else 0
+        if rounds == 0:
+            return {view: (u.clone(), v.clone()) for view, (u, v) in self.vectors().items()}
+        with _no_autocast(weight), torch.no_grad():
+            return reference.power_iteration([self._oik(weight)], [self.vectors()], rounds, self.eps)[0]
+
+    @torch.no_grad()
+    def store(self, vectors: Vectors) -> None:
+        """Write (u, v) into the buffers, in place: replicas, DDP and user references share their storage."""
+        for view, pair in vectors.items():
+            for name, new in zip(_BUFFERS[view], pair, strict=True):
+                # out= rather than copy_: it also works on captured buffers inside torch.func transforms, as in torch.
+                torch.mul(new, 1, out=getattr(self, name))
+
+    def measure(self, weight: Tensor, vectors: Vectors | None = None) -> Sigmas:
+        """sigma of each view for the given vectors (default: the stored ones), differentiable in the weight."""
+        with _no_autocast(weight):
+            return reference.sigmas([self._oik(weight)], [self.vectors() if vectors is None else vectors])[0]
+
+    def rescale(self, weight: Tensor, vectors: Vectors) -> Tensor:
+        """scale * weight / mean(sigma) for the given vectors."""
+        sigmas = self.measure(weight, vectors)
+        with _no_autocast(weight):
+            return reference.rescale([weight], [sigmas], [self.scale], [self._out_dtype(weight)])[0]
+
+    def peek(self, weight: Tensor) -> Tensor:
+        """The normalised weight by the vectors in force, with no effect on them: not a use."""
+        if self._held is not None or weight.ndim == 1:
+            return self.forward(weight)
+        return self.rescale(weight, self.iterate(weight, 0))
+
+    @torch.no_grad()
+    def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS) -> None:
+        """Bring u and v to a weight they do not belong to yet: redraw unusable ones (non-finite, far from length 1, as
+        ``to_empty`` leaves them), then iterate and store, whatever the mode."""
+        for vector in (vector for pair in self.vectors().values() for vector in pair):
+            if not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
+                vector.copy_(self._draw(vector))
+        if weight.ndim > 1:
+            self.store(self.iterate(weight, iterations))
+
+    def hold(self, vectors: Vectors | None) -> Callable[[], None]:
+        """Serve every later call from ``vectors`` without iterating, until the returned function is called."""
+        previous = self._held
+        self._held = None if vectors is None else (vectors, {})
+
+        def release() -> None:
+            self._held = previous
+
+        return release
+
+    def _serve(self, weight: Tensor, vectors: Vectors, made: dict[torch.dtype, _Served]) -> Tensor:
+        dtype = self._out_dtype(weight)
+        inputs = (weight, self.scale) if isinstance(self.scale, Tensor) else (weight,)
+        versions = tuple(0 if t.is_inference() else t._version for t in inputs)
+        wants_graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        served = made.get(dtype)
+        if (
+            served is None
+            or served.source is not weight
+            or served.versions != versions
+            or (wants_graph and not served.value.requires_grad)
+            or (served.value.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            served = made[dtype] = _Served(weight, versions, self.rescale(weight, vectors))
+        return served.value
+
+    def _oik(self, weight: Tensor) -> Tensor:
+        return views.as_oik(weight, self.dim)
+
+    def _out_dtype(self, weight: Tensor) -> torch.dtype:
+        device = weight.device.type
+        half = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if self.follows_autocast and half and _autocast_is_on(device):
+            return torch.get_autocast_dtype(device)
+        return weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != reference.wide(new.dtype):
+                self._buffers[name] = old.to(new.device, reference.wide(new.dtype))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a step serves carries graphs and belongs to the step, not to copies of the module.
+        return {**self.__dict__, "_held": None}
+
+    def extra_repr(self) -> str:
+        """The variant, the scale, and what else differs from the defaults."""
+        parts = [f"variant={self.variant!r}", f"scale={self._scale_repr()}"]
+        if getattr(self, "n_power_iterations", 1) != 1:
+            parts.append(f"n_power_iterations={self.n_power_iterations}")
+        return ", ".join(parts)
+
+    def _scale_repr(self) -> str:
+        if not isinstance(self.scale, Tensor):
+            return f"{self.scale:.6g}"
+        value = "meta" if self.scale.is_meta else f"{float(self.scale.detach()):.6g}"
+        return value + (" (learnable)" if isinstance(self.scale, nn.Parameter) else " (tensor)")
+
+
+def _autocast_is_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _no_autocast(weight: Tensor) -> AbstractContextManager[object]:
+    device = weight.device.type
+    return torch.autocast(device, enabled=False) if _autocast_is_on(device) else nullcontext()

@@ -1,0 +1,82 @@
+"""The drop-in for ``torch.nn.utils.parametrizations.spectral_norm``."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from fastsn import checks, views
+from fastsn.norm import SpectralNorm
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def spectral_norm(
+    module: Module,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    variant: str = "sn",
+    scale: float | Tensor = 1.0,
+) -> Module:
+    r"""Normalise a tensor of a module by a parametrization: :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
+
+    With the default variant this is torch's ``parametrizations.spectral_norm``: same arguments, same random draws, same
+    numbers, same state-dict keys (``parametrizations.weight.original``, ``parametrizations.weight.0._u``, ``._v``), so
+    checkpoints load in both directions. "bsn" and "bssn" add ``._u_in``, ``._v_in`` for weights with kernel positions,
+    a tensor ``scale`` adds ``.scale``. On purpose different from torch: u and v stay float32 in half-precision modules
+    and under autocast, the weight of a Linear or convolution comes out in the autocast dtype, and a zero, tiny or
+    non-finite weight neither spoils u and v nor (if zero) turns into NaN.
+
+    Args:
+        module: the module that owns the tensor; changed in place.
+        name: a parameter or buffer of it with at least one dimension; any real or complex floating dtype.
+        n_power_iterations: power iterations per access in training mode.
+        eps: floor of the norms that vectors are divided by.
+        dim: dimension of output channels; by default 1 for ConvTranspose1-3d and 0 for everything else.
+        variant: "sn", "ssn", "bsn" or "bssn".
+        scale: c, for "ssn" and "bssn": a float, a tensor of one element or a (learnable, shareable) Parameter.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: no tensor ``name``, or a lazy or empty one; n_power_iterations < 1; unknown variant; a bad scale.
+        IndexError: ``dim`` out of range.
+        TypeError: a weight that is not floating point or complex, or that is a sharded DTensor.
+
+    Example::
+
+        >>> layer = fastsn.spectral_norm(nn.Conv2d(3, 64, 3), variant="bssn", scale=1.4)
+
+    Source: Miyato et al., ICLR 2018 (SN); Lin, Sekar, Fanti, NeurIPS 2021 (SSN, BSN, BSSN).
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"name must be a parameter or buffer of {type(module).__name__}, got {name!r}; it has "
+            + (", ".join([n for n, _ in module.named_parameters(recurse=False)]) or "no parameters")
+        )
+    checks.weight(weight, f"{type(module).__name__}.{name}")
+    dim = views.output_dim(module) if dim is None else dim
+    norm = SpectralNorm(
+        weight,
+        n_power_iterations,
+        dim,
+        eps,
+        variant=variant,
+        scale=scale,
+        follows_autocast=name == "weight" and isinstance(module, nn.Linear | _ConvNd),
+    )
+    # Registering evaluates once and insists on an unchanged dtype.
+    with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
+        parametrize.register_parametrization(module, name, norm)
+    return module

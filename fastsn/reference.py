@@ -1,0 +1,146 @@
+"""The specification of fastsn in plain torch: slow, float64-clean, differentiable to any order, for every device.
+
+A weight is an array (O, I, K), any strides, and each of its views (``fastsn.views``) is a matrix M with vectors u, v:
+
+    power iteration, n times    u <- M v / max(|M v|, eps),  v <- M^H u / max(|M^H u|, eps)
+    sigma of a view             u^H M v   (with u, v held constant: d sigma / dM = u v^H)
+    normalised weight           W̄ = scale * W / mean(sigma of its views)
+
+Everything works on lists, one entry per weight; nothing here mutates its inputs or waits for the device. Sources:
+Miyato et al., "Spectral Normalization for GANs", ICLR 2018, section 2.1 and appendix A (the iteration); Lin, Sekar,
+Fanti, "Why Spectral Normalization Stabilizes GANs", NeurIPS 2021 (the second view and the scale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Vectors: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]  # view -> (u, v)
+Sigmas: TypeAlias = Mapping[str, Tensor]  # view -> sigma, a scalar tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of u, v: float32 for half-precision weights, otherwise the weight's own."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def matrix(oik: Tensor, view: str) -> Tensor:
+    """A view of an (O, I, K) weight as a matrix, in the dtype of the sums: O x (I·K) or (O·K) x I."""
+    o, i, k = oik.shape
+    oik = oik.to(wide(oik.dtype))
+    return oik.reshape(o, i * k) if view == "out" else oik.transpose(1, 2).reshape(o * k, i)
+
+
+def _unit(x: Tensor, old: Tensor, eps: float) -> Tensor:
+    """x / max(|x|, eps), or ``old`` where x is zero or not finite: a bad vector never becomes state.
+
+    x is first divided by the power of two below its largest entry. That is exact, so a result that torch gets right
+    keeps its bits, while the norm of a tiny or huge x can neither underflow (below eps torch stores a vector shorter
+    than 1, which shrinks further with every step and never recovers) nor overflow.
+    """
+    peak = x.detach().abs().amax()
+    mantissa, _ = torch.frexp(peak)
+    power = peak / (2 * mantissa)
+    sound = power.isfinite() & (power > 0)
+    unit = F.normalize(x / torch.where(sound, power, torch.ones_like(power)), dim=0, eps=eps)
+    return torch.where(sound, unit, old)
+
+
+def power_iteration(
+    weights: Sequence[Tensor],
+    vectors: Sequence[Vectors],
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    gradient: str = "fixed",
+) -> list[Vectors]:
+    """The vectors after ``n_power_iterations`` rounds on every view, as new tensors.
+
+    Args:
+        weights: (O, I, K) each.
+        vectors: per weight, view -> (u, v); their keys say which views are iterated.
+        eps: floor of a vector's norm.
+        gradient: "fixed" holds u and v constant (torch, Miyato); "through" lets autograd differentiate the iteration,
+            as the BSN authors' own code does. Both agree once the iteration has converged.
+    """
+    if gradient not in ("fixed", "through"):
+        raise ValueError(f"gradient must be 'fixed' or 'through', got {gradient!r}")
+    with torch.set_grad_enabled(gradient == "through" and torch.is_grad_enabled()):
+        return [
+            {view: _iterate(matrix(w, view), u, v, n_power_iterations, eps) for view, (u, v) in state.items()}
+            for w, state in zip(weights, vectors, strict=True)
+        ]
+
+
+def _iterate(m: Tensor, u: Tensor, v: Tensor, n: int, eps: float) -> tuple[Tensor, Tensor]:
+    u, v = u.to(m.dtype), v.to(m.dtype)
+    for _ in range(n):
+        u = _unit(torch.mv(m, v), u, eps)
+        v = _unit(torch.mv(m.mH, u), v, eps)
+    return u, v
+
+
+def sigmas(weights: Sequence[Tensor], vectors: Sequence[Vectors]) -> list[Sigmas]:
+    """u^H M v of every view, differentiable in the weight. Right after an iteration it equals |M^H u|."""
+    return [
+        {view: _sigma(matrix(w, view), u, v) for view, (u, v) in state.items()}
+        for w, state in zip(weights, vectors, strict=True)
+    ]
+
+
+def _sigma(m: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.vdot(u.to(m.dtype), torch.mv(m, v.to(m.dtype)))
+
+
+def rescale(
+    weights: Sequence[Tensor],
+    sigmas: Sequence[Sigmas],
+    scales: Sequence[float | Tensor],
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> list[Tensor]:
+    """scale * W / mean(sigma) of every weight, rounded once, to ``dtypes`` (default: each weight's own).
+
+    The weights may have any shape; shape and strides are kept. Where sigma is exactly 0 the divisor is 1: a zero weight
+    stays zero, with the finite gradient scale * G, instead of becoming NaN.
+    """
+    dtypes = [w.dtype for w in weights] if dtypes is None else dtypes
+    return [
+        _rescale(w, mean_sigma(s), c).to(dtype) for w, s, c, dtype in zip(weights, sigmas, scales, dtypes, strict=True)
+    ]
+
+
+def mean_sigma(sigmas: Sigmas) -> Tensor:
+    """The divisor of a weight: the mean of its views' sigmas."""
+    first, *rest = sigmas.values()
+    return torch.stack([first, *rest]).mean() if rest else first
+
+
+def _rescale(w: Tensor, sigma: Tensor, scale: float | Tensor) -> Tensor:
+    unit = w.to(sigma.dtype) / torch.where(sigma == 0, torch.ones_like(sigma), sigma)
+    if isinstance(scale, Tensor):
+        return unit * scale.to(sigma.dtype).reshape(())
+    return unit if scale == 1 else unit * scale
+
+
+def normalize(
+    weights: Sequence[Tensor],
+    vectors: Sequence[Vectors],
+    scales: Sequence[float | Tensor],
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    gradient: str = "fixed",
+) -> tuple[list[Tensor], list[Sigmas], list[Vectors]]:
+    """A whole step: iterate (0 times in evaluation), measure, rescale. Returns (W̄, sigmas, new vectors) per weight.
+
+    Equivalent to, for one weight and the view `out`::
+
+        u = F.normalize(M @ v, dim=0); v = F.normalize(M.T @ u, dim=0)
+        W̄ = scale * W / (u @ M @ v)
+    """
+    vectors = power_iteration(weights, vectors, n_power_iterations, eps, gradient)
+    measured = sigmas(weights, vectors)
+    return rescale(weights, measured, scales), measured, vectors
