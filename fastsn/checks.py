@@ -72,5 +72,6 @@ def scale(value: object, variant: Variant) -> float | Tensor:
             raise ValueError(f"scale must be finite and positive, got {number}")
     if not variant.free_scale and (isinstance(value, Tensor) or value != 1):
         free = ", ".join(repr(row.name) for row in VARIANTS.values() if row.free_scale)
-        raise ValueError(f"scale must be 1.0 for variant {variant.name!r}, got {value}; it is free for {free}")
+        came = f"a {type(value).__name__}" if isinstance(value, Tensor) else value
+        raise ValueError(f"scale must be 1.0 for variant {variant.name!r}, got {came}; it is free for {free}")
     return value if isinstance(value, Tensor) else float(value)

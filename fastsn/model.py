@@ -65,10 +65,10 @@ def _sites(model: nn.Module) -> list[_Site]:
             sites.append(_Site(prefix, module, "weight", module.spectral_norm))
         if parametrize.is_parametrized(module):
             for tensor, chain in _parametrizations(module).items():
-                name = ".".join(filter(None, (prefix, tensor if tensor != "weight" else "")))
                 norms = [(i, p) for i, p in enumerate(chain) if isinstance(p, SpectralNorm)]
                 for i, norm in norms:
-                    sites.append(_Site(name if len(norms) == 1 else f"{name}.{i}", module, tensor, norm, i))
+                    parts = (prefix, tensor if tensor != "weight" else "", str(i) if len(norms) > 1 else "")
+                    sites.append(_Site(".".join(filter(None, parts)), module, tensor, norm, i))
     return sites
 
 
@@ -80,7 +80,8 @@ def sigmas(model: nn.Module) -> dict[str, Sigmas]:
         {layer name: (sigma, sigma_out, sigma_in)}: sigma is what the weight is divided by; sigma_out is the norm of
         the cout x (cin·k·k) reshape, sigma_in of the cin x (cout·k·k) reshape. sigma_in is ``None`` for "sn" and "ssn"
         of a kernel with several positions, which never measure it. Tensors other than ``weight`` are named
-        ``layer.tensor``. A model without fastsn layers gives an empty dict.
+        ``layer.tensor``, several norms on one tensor ``layer.0``, ``layer.1``. A model without fastsn layers gives an
+        empty dict.
 
     Reads the device once for all layers. Raises ValueError for weights on the meta device.
     """
@@ -100,7 +101,8 @@ def sigmas(model: nn.Module) -> dict[str, Sigmas]:
 def _measure(site: _Site) -> Tensor:
     weight = _materialised(site)
     if weight.ndim == 1:
-        return torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype))).reshape(1)
+        norm: Tensor = torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype)))
+        return norm.reshape(1)
     return torch.stack([torch.real(sigma) for sigma in site.norm.measure(weight).values()])
 
 

@@ -78,7 +78,11 @@ class SpectralNorm(nn.Module):
         self.dim = views.wrap_dim(dim, weight.ndim)
         self.eps = checks.eps(eps)
         self.variant = variant
-        self.scale = checks.scale(scale, row)
+        scale = checks.scale(scale, row)
+        if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
+            self.register_buffer("scale", scale)
+        else:
+            self.scale = scale
         self.follows_autocast = follows_autocast
         self.views: tuple[str, ...] = ()
         self._held = None
@@ -144,9 +148,9 @@ class SpectralNorm(nn.Module):
 
     def rescale(self, weight: Tensor, vectors: Vectors) -> Tensor:
         """scale * weight / mean(sigma) for the given vectors."""
-        sigmas = self.measure(weight, vectors)
+        sigmas, dtype = self.measure(weight, vectors), self._out_dtype(weight)
         with _no_autocast(weight):
-            return reference.rescale([weight], [sigmas], [self.scale], [self._out_dtype(weight)])[0]
+            return reference.rescale([weight], [sigmas], [self.scale], [dtype])[0]
 
     def peek(self, weight: Tensor) -> Tensor:
         """The normalised weight by the vectors in force, with no effect on them: not a use."""

@@ -1,0 +1,134 @@
+"""First and second derivatives, against finite differences and against the closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shapes import TABLE, Case
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastsn
+from fastsn import reference, views
+
+SMALL = [
+    Case("Linear", (3, 4), "a matrix"),
+    Case("Conv2d", (2, 3, 2), "two views"),
+    Case("Conv2d", (2, 1, 2), "one output channel"),
+    Case("ConvTranspose1d", (2, 3, 2), "output channels second"),
+]
+
+
+def fixed(norm: fastsn.SpectralNorm):
+    """The normalised weight with u and v held constant, as a function of weight and scale."""
+    vectors = norm.vectors()
+
+    def function(weight: Tensor, scale: Tensor) -> Tensor:
+        oik = views.as_oik(weight, norm.dim)
+        return reference.rescale([weight], reference.sigmas([oik], [vectors]), [scale])[0]
+
+    return function
+
+
+@pytest.mark.parametrize("variant", ["sn", "ssn", "bsn", "bssn"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_finite_differences_confirm_both_orders(case, variant):
+    layer = case.build()
+    weight = torch.randn(layer.weight.shape, dtype=torch.float64, requires_grad=True)
+    norm = fastsn.SpectralNorm(weight, dim=views.output_dim(layer), variant=variant)
+    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(fixed(norm), (weight, scale))
+    assert gradgradcheck(fixed(norm), (weight, scale))
+    zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert gradcheck(fixed(norm), (weight, zero))  # a learnable scale may pass through 0
+
+
+@pytest.mark.parametrize("prefix", ["SN", "BSSN"])
+def test_layers_pass_gradcheck_with_their_state_reset(prefix):
+    """The whole layer in training mode, two forwards before the derivative, a learnable scale on weight and bias."""
+    scale = (
+        {} if prefix == "SN" else {"scale": nn.Parameter(torch.tensor(1.3, dtype=torch.float64)), "scale_bias": True}
+    )
+    layer = getattr(fastsn, f"{prefix}Conv2d")(2, 3, 2, dtype=torch.float64, **scale)
+    fastsn.warm_up(layer, 3000)  # converged: finite differences then see u and v stand still to first order
+    x, y = torch.randn(2, 1, 2, 3, 3, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+    buffers = {k: v.clone() for k, v in layer.named_buffers()}
+
+    def forward(*values: Tensor) -> Tensor:
+        state = dict(zip(parameters, values, strict=True)) | {k: v.clone() for k, v in buffers.items()}
+        return torch.func.functional_call(layer, state, (x,)) - torch.func.functional_call(layer, state, (y,)) ** 2
+
+    assert gradcheck(forward, tuple(p.detach().clone().requires_grad_() for p in parameters.values()))
+
+
+@pytest.mark.parametrize("prefix", ["SN", "SSN", "BSN", "BSSN"])
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_the_gradient_is_the_closed_form(case, prefix):
+    """dL/dW = (c / sigma) G - (<G, W̄> / sigma) mean over views of u v^T, dL/dc = <G, W̄> / c (design, section 2)."""
+    free = prefix in ("SSN", "BSSN")
+    scale = nn.Parameter(torch.tensor(1.7, dtype=torch.float64)) if free else 1.0
+    layer = case.build(prefix, dtype=torch.float64, scale=scale)
+    c = float(scale.detach()) if free else 1.0
+    normalised, _ = layer.normalised()
+    upstream = torch.randn_like(normalised)
+    normalised.backward(upstream)
+
+    norm = layer.spectral_norm
+    dim = norm.dim
+    oik = views.as_oik(layer.weight.detach(), dim)
+    inner, sigma, outer = (upstream * normalised).sum(), 0.0, torch.zeros_like(oik)
+    for view, (u, v) in norm.vectors().items():
+        o, i, k = oik.shape
+        rank_one = torch.outer(u, v).view(o, i, k) if view == "out" else torch.outer(u, v).view(o, k, i).transpose(1, 2)
+        sigma = sigma + (rank_one * oik).sum() / len(norm.views)
+        outer = outer + rank_one / len(norm.views)
+    expected = c / sigma * views.as_oik(upstream, dim) - inner / sigma * outer
+    torch.testing.assert_close(views.as_oik(layer.weight.grad, dim), expected.detach(), rtol=1e-9, atol=1e-12)
+    if free:
+        torch.testing.assert_close(scale.grad, (inner / c).detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_through_the_iteration_is_another_gradient_until_it_converges():
+    """gradient="through" is what finite differences of the whole step say, from the stored vectors on."""
+    weight = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    start = fastsn.SpectralNorm(torch.randn(3, 2, 2, dtype=torch.float64), variant="bsn").vectors()
+
+    def step(w: Tensor, gradient: str = "through", n: int = 1) -> Tensor:
+        return reference.normalize([w], [start], [1.0], n_power_iterations=n, gradient=gradient)[0][0]
+
+    assert gradcheck(step, (weight,))
+    assert gradgradcheck(step, (weight,))
+    upstream = torch.randn_like(weight)
+    for n, agree in ((1, False), (3000, True)):
+        through, fixed_uv = (torch.autograd.grad(step(weight, g, n), weight, upstream)[0] for g in ("through", "fixed"))
+        assert torch.allclose(through, fixed_uv, rtol=1e-6, atol=1e-8) == agree
+
+
+def test_two_forwards_one_backward_with_evaluation_between():
+    layer = fastsn.BSSNConv2d(2, 3, 3, scale=1.2)
+    x, y = torch.randn(2, 1, 2, 4, 4)
+    a = layer(x)
+    b = layer.eval()(x)
+    c = layer.train()(y)
+    (a.sum() - b.square().sum() + c.sum()).backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_gradient_penalty_differentiates_the_normalised_weight_twice():
+    torch.manual_seed(4)
+    net = nn.Sequential(
+        fastsn.BSSNConv2d(1, 2, 2, dtype=torch.float64),
+        nn.Tanh(),
+        nn.Flatten(),
+        fastsn.BSSNLinear(8, 1, dtype=torch.float64),
+    ).eval()
+    x = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    parameters = dict(net.named_parameters())
+
+    def penalty(*values: Tensor) -> Tensor:
+        out = torch.func.functional_call(net, dict(zip(parameters, values, strict=True)), (x,))
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+    assert gradcheck(penalty, tuple(p.detach().clone().requires_grad_() for p in parameters.values()))

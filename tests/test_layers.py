@@ -1,0 +1,186 @@
+"""The 32 layers are torch's layers with a normalised weight, and live like any module."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from shapes import TABLE
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fastsn
+
+PREFIXES = ("SN", "SSN", "BSN", "BSSN")
+ALL = [f"{p}{layer}" for p in PREFIXES for layer in dict.fromkeys(c.layer for c in TABLE)]
+
+
+def free_scale(prefix: str) -> bool:
+    return prefix in ("SSN", "BSSN")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_a_layer_computes_what_the_plain_layer_computes_with_the_normalised_weight(case, prefix):
+    layer = case.build(prefix, scale=1.5 if free_scale(prefix) else 1.0)
+    x = case.input()
+    y = layer(x)
+    plain = case.build()
+    assert isinstance(layer, type(plain))
+    plain.weight.data = layer.eval().normalised()[0].detach()
+    if getattr(plain, "bias", None) is not None:
+        plain.bias = layer.bias
+    assert torch.equal(y, plain(x))
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_a_layer_and_the_parametrized_plain_layer_agree(case):
+    torch.manual_seed(1)
+    layer = case.build("BSSN", scale=1.2)
+    torch.manual_seed(1)
+    dropin = fastsn.spectral_norm(case.build().eval(), variant="bssn", scale=1.2).train()
+    x = case.input()
+    for _ in range(3):
+        assert torch.equal(layer(x), dropin(x))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_signature_and_docstring_are_torchs_and_ours(name):
+    layer = getattr(fastsn, name)
+    own = ["scale", "n_power_iterations", "eps", "scale_bias"]
+    torchs = list(inspect.signature(layer.plain).parameters)
+    assert list(inspect.signature(layer).parameters) == torchs + own
+    assert f"nn.{layer.plain.__name__}" in layer.__doc__
+    assert "Miyato" in layer.__doc__ or "Lin et al." in layer.__doc__
+
+
+def test_arguments_of_the_torch_layer_are_passed_on():
+    x = torch.randn(2, 4, 9, 9)
+    conv = fastsn.SNConv2d(4, 6, 3, 2, padding=2, dilation=2, groups=2, bias=False, padding_mode="reflect")
+    plain = nn.Conv2d(4, 6, 3, 2, padding=2, dilation=2, groups=2, bias=False, padding_mode="reflect")
+    plain.weight.data = conv.eval().normalised()[0].detach()
+    assert torch.equal(conv(x), plain(x))
+    up = fastsn.SNConvTranspose2d(4, 6, 3, stride=2, padding=1)
+    assert up(x, output_size=[18, 18]).shape[-2:] == (18, 18)
+    lookup = fastsn.SNEmbedding(9, 4, padding_idx=0)
+    lookup(torch.tensor([0, 3])).sum().backward()
+    assert lookup.weight.grad.isfinite().all()
+    pretrained = fastsn.SNEmbedding.from_pretrained(torch.eye(3) * 5)
+    assert torch.equal(pretrained(torch.arange(3)), torch.eye(3))
+    assert not pretrained.weight.requires_grad
+
+
+def test_the_parameter_stays_weight_and_init_works_on_it():
+    layer = fastsn.BSSNConv2d(4, 6, 3, scale=1.4)
+    assert set(dict(layer.named_parameters())) == {"weight", "bias"}
+    nn.init.orthogonal_(layer.weight)
+    fastsn.warm_up(layer)
+    assert fastsn.sigmas(layer)[""].sigma_out == pytest.approx(1, abs=1e-5)
+
+
+def test_reset_parameters_brings_the_vectors_along():
+    layer = fastsn.SNLinear(20, 30)
+    fastsn.warm_up(layer, 500)
+    layer.reset_parameters()
+    true = float(torch.linalg.matrix_norm(layer.weight.detach(), 2))
+    assert fastsn.sigmas(layer)[""].sigma == pytest.approx(true, rel=0.05)
+
+
+def test_a_learnable_scale_is_shared_learnt_and_multiplies_the_bias():
+    gamma = nn.Parameter(torch.tensor(1.0))
+    net = nn.Sequential(
+        fastsn.SSNLinear(4, 5, scale=gamma, scale_bias=True), fastsn.SSNLinear(5, 1, scale=gamma, scale_bias=True)
+    )
+    assert sum(p is gamma for p in net.parameters()) == 1
+    x = torch.randn(3, 4)
+    before = net.eval()(x)
+    gamma.data.fill_(2.0)
+    weight, bias = net[0].normalised()
+    assert torch.equal(bias, 2 * net[0].bias)
+    expected = nn.functional.linear(nn.functional.linear(x, weight, bias), *net[1].normalised())
+    assert torch.equal(net(x), expected)
+    assert not torch.equal(net(x), before)
+    net(x).sum().backward()
+    assert float(gamma.grad) != 0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.step()
+    assert float(gamma.detach()) != 2.0
+
+
+def test_a_scale_that_passes_through_zero_keeps_learning():
+    layer = fastsn.SSNLinear(4, 5, scale=nn.Parameter(torch.tensor(1.0)))
+    layer.spectral_norm.scale.data.zero_()
+    layer(torch.randn(3, 4)).sum().backward()
+    assert float(layer.spectral_norm.scale.grad) != 0
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_a_tensor_scale_moves_with_the_module_and_is_saved():
+    layer = fastsn.BSSNLinear(4, 5, scale=torch.tensor(1.5))
+    assert "spectral_norm.scale" in layer.state_dict()
+    assert "spectral_norm.scale" not in dict(layer.named_parameters())
+    assert layer.to("meta").spectral_norm.scale.is_meta
+
+
+@pytest.mark.parametrize("name", ["SNLinear", "BSSNConv2d"])
+def test_deepcopy_pickle_and_state_dict(name):
+    sizes = (4, 6) if name == "SNLinear" else (4, 6, 3)
+    x = torch.randn(2, 4) if name == "SNLinear" else torch.randn(2, 4, 5, 5)
+    layer = getattr(fastsn, name)(*sizes)
+    layer(x)
+    fresh = getattr(fastsn, name)(*sizes)
+    fresh.load_state_dict(layer.state_dict())
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fresh]
+    with fastsn.step(layer):
+        layer(x)
+        copies += [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    layer.load_state_dict(copies[0].state_dict())
+    copies[3:] = [m.load_state_dict(copies[0].state_dict()) and m for m in copies[3:]]
+    expected = layer(x)
+    assert all(torch.equal(m(x), expected) for m in copies)
+
+
+def test_to_double_and_back():
+    layer = fastsn.BSNConv2d(4, 6, 3)
+    assert layer.double()(torch.randn(1, 4, 5, 5, dtype=torch.float64)).dtype == torch.float64
+    assert layer.spectral_norm._u_in.dtype == torch.float64
+    assert layer.float()(torch.randn(1, 4, 5, 5)).dtype == torch.float32
+
+
+def test_meta_then_materialise_and_warm_up():
+    with torch.device("meta"):
+        net = nn.Sequential(fastsn.BSSNConv2d(4, 6, 3, scale=1.3), fastsn.SNConv2d(6, 6, 1))
+    assert net(torch.randn(1, 4, 5, 5, device="meta")).shape == (1, 6, 3, 3)
+    for fill in (0.0, torch.nan, 1e30):  # whatever to_empty leaves in u and v
+        materialised = copy.deepcopy(net).to_empty(device="cpu")
+        for buffer in materialised.buffers():
+            buffer.fill_(fill)
+        for parameter in materialised.parameters():
+            nn.init.normal_(parameter)
+        fastsn.warm_up(materialised, 1000)
+        weight = materialised[1].weight.detach()
+        assert fastsn.sigmas(materialised)["1"].sigma == pytest.approx(
+            float(torch.linalg.matrix_norm(weight.flatten(1), 2)), rel=1e-5
+        )
+
+
+def test_repr_tells_the_variant_and_the_scale():
+    assert "variant='bssn', scale=1.4" in repr(fastsn.BSSNConv2d(3, 4, 3, scale=1.4))
+    assert "scale=2 (learnable)" in repr(fastsn.SSNLinear(3, 4, scale=nn.Parameter(torch.tensor(2.0))))
+    assert "n_power_iterations=3" in repr(fastsn.SNLinear(3, 4, n_power_iterations=3))
+    with torch.device("meta"):
+        assert "scale=meta" in repr(fastsn.SSNLinear(3, 4, scale=torch.ones(1)))
+
+
+def test_a_layer_can_be_compiled_whole():
+    net = nn.Sequential(fastsn.BSSNConv2d(3, 8, 3, scale=1.2), nn.ReLU(), fastsn.SNConv2d(8, 4, 3))
+    twin, x = copy.deepcopy(net), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), net(x))
+    assert torch.equal(twin[0].spectral_norm._u, net[0].spectral_norm._u)
+    assert not parametrize.is_parametrized(net)

@@ -1,0 +1,262 @@
+"""step, warm_up, sigmas and fold on whole networks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from shapes import TABLE
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fastsn
+
+
+def network() -> nn.Sequential:
+    """Layers and drop-ins, nested, one used twice, one weight normalised by something else."""
+    shared = fastsn.BSSNConv2d(4, 4, 3, padding=1, scale=1.3)
+    block = nn.Sequential(shared, nn.ReLU(), shared, fastsn.spectral_norm(nn.Conv2d(4, 4, 3, padding=1), variant="bsn"))
+    return nn.Sequential(
+        parametrizations.weight_norm(nn.Conv2d(2, 4, 3, padding=1)),
+        block,
+        fastsn.spectral_norm(nn.ConvTranspose2d(4, 3, 2)),
+        nn.Flatten(),
+        fastsn.SNLinear(3 * 7 * 7, 2),
+    )
+
+
+def batch() -> Tensor:
+    return torch.randn(2, 2, 6, 6)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.named_buffers()}
+
+
+def moved(before: dict[str, Tensor], model: nn.Module) -> set[str]:
+    return {k for k, v in model.named_buffers() if not torch.equal(before[k], v)}
+
+
+def test_a_step_iterates_once_and_serves_the_same_weight_to_every_use():
+    net, x = network(), batch()
+    once = copy.deepcopy(net)
+    layer = net[1][0]
+    with fastsn.step(net):
+        first, second = layer.normalised()[0], layer.normalised()[0]
+        assert first is second
+        outputs = [net(x), net(x)]
+        assert torch.equal(*outputs)
+    with fastsn.step(once):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), once.buffers(), strict=True))
+    assert layer.normalised()[0] is not layer.normalised()[0]  # outside, every use is its own
+
+
+def test_a_step_is_one_forward_of_each_layer_used_once():
+    net = nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, scale=1.3), nn.Flatten(), fastsn.SNLinear(4 * 4 * 4, 2))
+    twin, x = copy.deepcopy(net), batch()
+    with fastsn.step(net):
+        inside = net(x)
+    assert torch.equal(inside, twin(x))
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), twin.buffers(), strict=True))
+
+
+def test_without_advance_the_iterated_vectors_are_used_and_not_stored():
+    net, x = network(), batch()
+    before, twin = state(net), copy.deepcopy(net)
+    with fastsn.step(net, advance=False):
+        inside = net(x)
+    assert moved(before, net) == set()
+    with fastsn.step(twin):
+        assert torch.equal(inside, twin(x))
+    assert moved(before, twin) == set(before)
+
+
+def test_in_evaluation_a_step_moves_nothing():
+    net, x = network().eval(), batch()
+    before, expected = state(net), net(x)
+    with fastsn.step(net):
+        assert torch.equal(net(x), expected)
+    assert moved(before, net) == set()
+
+
+def test_one_backward_through_all_uses_sums_their_gradients():
+    net, x, y = network(), batch(), batch()
+    twin = copy.deepcopy(net)
+    with fastsn.step(net):
+        (net(x).sum() - net(y).square().sum()).backward()
+    with fastsn.step(twin):
+        loss = twin(x).sum()
+        loss = loss - twin(y).square().sum()
+    loss.backward()
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+        assert a.grad.abs().sum() > 0
+
+
+def test_a_first_use_without_gradient_does_not_cut_later_ones():
+    net, x = network(), batch()
+    with fastsn.step(net):
+        with torch.no_grad():
+            silent = net(x)
+        with torch.inference_mode():
+            net(x)
+        loud = net(x)
+        assert torch.equal(silent, loud)
+        loud.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_weight_that_changes_inside_the_block_is_normalised_anew():
+    layer = fastsn.SSNLinear(4, 5, scale=nn.Parameter(torch.tensor(1.0)))
+    x = torch.randn(3, 4)
+    with fastsn.step(layer):
+        before, u = layer(x), layer.spectral_norm._u.clone()
+        with torch.no_grad():
+            layer.weight.add_(torch.randn(5, 4))
+        after = layer(x)
+        assert not torch.allclose(before, after)
+        with torch.no_grad():
+            layer.spectral_norm.scale.mul_(2)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * (after - layer.bias))
+        assert torch.equal(layer.spectral_norm._u, u)
+
+
+def test_autocast_inside_a_step():
+    layer = fastsn.BSSNConv2d(2, 4, 3)
+    with fastsn.step(layer):
+        full = layer.normalised()[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer.normalised()[0], full.bfloat16())
+        assert layer.normalised()[0].dtype == torch.float32
+
+
+def test_steps_nest_and_an_exception_ends_them():
+    layer, x = fastsn.SNLinear(40, 30), torch.randn(1, 40)
+    with fastsn.step(layer):
+        outer = layer(x)
+        with fastsn.step(layer):
+            inner = layer(x)
+        assert not torch.equal(inner, outer)
+        assert torch.equal(layer(x), outer)
+    with pytest.raises(KeyError), fastsn.step(layer):
+        raise KeyError
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_functional_call_inside_a_step_uses_the_weight_it_is_given():
+    layer, x = fastsn.SNLinear(4, 5, bias=False), torch.randn(3, 4)
+    with fastsn.step(layer):
+        a = layer(x)
+        b = torch.func.functional_call(layer, {"weight": torch.randn(5, 4)}, (x,))
+    assert not torch.allclose(a, b)
+
+
+def test_stacked_parametrizations_and_steps():
+    layer = nn.Linear(6, 5)
+    fastsn.spectral_norm(parametrizations.orthogonal(layer), variant="ssn", scale=2.0)
+    fastsn.spectral_norm(layer)
+    fastsn.warm_up(layer, 100)
+    assert set(fastsn.sigmas(layer)) == {"1", "2"}
+    before = state(layer)
+    with fastsn.step(layer, advance=False):
+        torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight, 2), torch.tensor(1.0))
+    assert moved(before, layer) == set()
+
+
+def test_warm_up_brings_vectors_to_foreign_weights_in_any_mode():
+    net = network().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    assert fastsn.warm_up(net, 2000) is net
+    for name, (sigma, sigma_out, _) in fastsn.sigmas(net).items():
+        if name == "4":
+            assert sigma == sigma_out
+            true = torch.linalg.matrix_norm(net[4].weight.detach(), 2)
+            assert sigma == pytest.approx(float(true), rel=1e-5)
+    plain = fastsn.fold(net)
+    assert float(torch.linalg.matrix_norm(plain[4].weight.detach(), 2)) == pytest.approx(1, rel=1e-5)
+
+
+def test_warm_up_renews_averaged_vectors():
+    layer = fastsn.BSNConv2d(4, 6, 3)
+    for shrink in (0.94, 0.0):
+        for buffer in layer.buffers():
+            buffer.mul_(shrink)
+        fastsn.warm_up(layer, 500)
+        top = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
+        assert fastsn.sigmas(layer)[""].sigma_out == pytest.approx(float(top), rel=1e-4)
+
+
+def test_sigmas_names_and_contents():
+    net = network()
+    before = state(net)
+    found = fastsn.sigmas(net)
+    assert list(found) == ["1.0", "1.3", "2", "4"]
+    assert moved(before, net) == set()
+    for name in ("1.0", "1.3"):
+        assert found[name].sigma == pytest.approx((found[name].sigma_out + found[name].sigma_in) / 2, rel=1e-6)
+    assert found["2"].sigma_in is None  # sn of a kernel never measures it
+    assert found["4"].sigma_in == found["4"].sigma_out == found["4"].sigma  # a matrix has one norm
+    assert fastsn.sigmas(nn.Linear(2, 2)) == {}
+    bias = fastsn.spectral_norm(nn.Linear(3, 4), "bias")
+    original = bias.parametrizations.bias.original.detach()
+    assert fastsn.sigmas(bias)["bias"].sigma == pytest.approx(float(original.norm()))
+
+
+@pytest.mark.parametrize("prefix", ["SN", "BSSN", "drop-in"])
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_fold_gives_the_plain_layer_with_evaluations_output_bit_for_bit(case, prefix):
+    if prefix == "drop-in":
+        layer = fastsn.spectral_norm(case.build(), variant="bssn", scale=1.4)
+    else:
+        scale = {"scale": 1.4, "scale_bias": True} if prefix == "BSSN" else {}
+        layer = case.build(prefix, **scale)
+    x = case.input()
+    layer(x)
+    before = copy.deepcopy(layer)
+    expected = layer.eval()(x)
+    folded = fastsn.fold(layer.train())
+    assert folded is layer
+    assert type(folded) is type(case.build())
+    assert sorted(folded.state_dict()) == sorted(case.build().state_dict())
+    assert repr(folded) == repr(case.build())
+    assert torch.equal(folded(x), expected)
+    assert folded.weight.requires_grad
+    assert isinstance(before, type(case.build()))
+
+
+def test_fold_of_a_network():
+    net, x = network(), batch()
+    net(x)
+    expected = net.eval()(x)
+    folded = fastsn.fold(net.train())
+    assert not any(isinstance(m, fastsn.SpectralNorm) for m in folded.modules())
+    assert torch.equal(folded(x), expected)
+    exported = torch.export.export(folded.eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+
+
+def test_fold_leaves_tied_raw_weights_alone():
+    raw = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = raw.weight
+    value = raw.weight.detach().clone()
+    fastsn.fold(fastsn.spectral_norm(tied))
+    assert torch.equal(raw.weight, value)
+    layer = fastsn.SNLinear(4, 4)
+    layer.weight = raw.weight
+    fastsn.fold(layer)
+    assert torch.equal(raw.weight, value)
+
+
+def test_fold_keeps_frozen_weights_frozen_and_buffers_buffers():
+    layer = fastsn.SNLinear(3, 4)
+    layer.weight.requires_grad_(False)
+    assert not fastsn.fold(layer).weight.requires_grad
+    module = nn.Module()
+    module.register_buffer("kernel", torch.randn(3, 4))
+    fastsn.fold(fastsn.spectral_norm(module, "kernel"))
+    assert isinstance(module.kernel, Tensor)
+    assert "kernel" in dict(module.named_buffers())

@@ -1,0 +1,166 @@
+"""sigma is the norm that it claims to be, and the variants are the combinations that they claim to be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from shapes import TABLE, Case, drawn, laid_out, truth
+from torch import Tensor, nn
+
+import fastsn
+from fastsn import reference, views
+
+ITERATIONS = 300
+
+
+def predicted(m: Tensor, v: Tensor, iterations: int) -> float:
+    """sigma = |M^T u_n| after n exact iterations from v, by SVD: u_n is c_i s_i^(2n - 1) in singular vectors.
+    Where the iteration has converged this is the largest singular value."""
+    _, s, vh = torch.linalg.svd(m.double(), full_matrices=False)
+    u = (vh @ v.double()) * (s / s[0]) ** (2 * iterations - 1)
+    return float((s * u).norm() / u.norm())
+
+
+@pytest.mark.parametrize("chunk", range(8))
+def test_sigma_of_both_views_agrees_with_svd_on_random_weights(chunk):
+    converged = views_seen = 0
+    for case, dtype, layout in drawn(40, seed=chunk):
+        layer = case.build().to(dtype)
+        dim = views.output_dim(layer)
+        weight = laid_out(torch.randn(layer.weight.shape, dtype=torch.float64).to(dtype), layout)
+        norm = fastsn.SpectralNorm(weight, dim=dim, variant="bsn")
+        oik = views.as_oik(weight, dim)
+        start = {view: v.clone() for view, (_, v) in norm.vectors().items()}
+        norm.warm_up(weight, ITERATIONS)
+        sigmas, svd = norm.measure(weight), truth(weight, dim)
+        # u and v are float32 or wider whatever the weight's dtype: rounding of sums over at most 300 entries.
+        rounding = 1e-12 if dtype == torch.float64 else 2e-6
+        for view, sigma in sigmas.items():
+            expected = predicted(reference.matrix(oik, view), start[view], ITERATIONS)
+            assert abs(float(sigma) - expected) <= rounding * svd[view], (case, dtype, layout, view)
+            assert float(sigma) == pytest.approx(svd[view], rel=0.01), (case, dtype, layout, view)
+            views_seen += 1
+            converged += abs(float(sigma) - svd[view]) <= 1e-5 * svd[view]
+        assert set(sigmas) == ({"out", "in"} if oik.shape[2] > 1 else {"out"})
+    assert converged >= 0.9 * views_seen  # equal largest singular values converge slowly, and are rare
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_the_normalised_weight_has_the_norm_that_the_equation_gives(case):
+    for prefix, scale in (("SN", 1.0), ("SSN", 1.7), ("BSN", 1.0), ("BSSN", 1.7)):
+        layer = case.build(prefix, dtype=torch.float64, scale=scale)
+        fastsn.warm_up(layer, 2000)
+        dim = views.output_dim(layer)
+        svd = truth(layer.weight, dim)
+        sigma = svd["out"] if prefix in ("SN", "SSN") else (svd["out"] + svd["in"]) / 2
+        torch.testing.assert_close(layer.eval().normalised()[0], scale * layer.weight / sigma, rtol=1e-6, atol=0)
+
+
+def top(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix.detach(), 2))
+
+
+def test_a_known_spectrum_is_found_exactly():
+    q, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))
+    p, _ = torch.linalg.qr(torch.randn(12, 9, dtype=torch.float64))
+    layer = nn.Linear(12, 9, dtype=torch.float64)
+    layer.weight.data = q @ torch.diag(torch.tensor([3.0, 1, 0.9, 0.5, 0.1, 0.1, 0.1, 0, 0])).double() @ p.T
+    fastsn.spectral_norm(layer)
+    fastsn.warm_up(layer, 20)
+    assert fastsn.sigmas(layer)[""].sigma == pytest.approx(3.0, rel=1e-14)
+    assert top(layer.eval().weight) == pytest.approx(1.0, rel=1e-14)
+
+
+def twins(case: Case, first: str, second: str, second_scale: float = 1.0) -> tuple[nn.Module, nn.Module]:
+    """Two variants of a layer with the same draws."""
+    torch.manual_seed(1)
+    a = case.build(first)
+    torch.manual_seed(1)
+    return a, case.build(second, scale=second_scale)
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_ssn_at_scale_1_is_sn(case):
+    sn, ssn = twins(case, "SN", "SSN")
+    for _ in range(3):
+        assert torch.equal(sn.normalised()[0], ssn.normalised()[0])
+
+
+@pytest.mark.parametrize("case", [c for c in TABLE if c.layer in ("Linear", "Embedding") or c.args[-1] == 1], ids=str)
+def test_bsn_of_a_matrix_is_sn_and_keeps_no_second_state(case):
+    sn, bsn = twins(case, "SN", "BSN")
+    for _ in range(3):
+        assert torch.equal(sn.normalised()[0], bsn.normalised()[0])
+    assert sn.state_dict().keys() == bsn.state_dict().keys()
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_bssn_is_a_constant_times_bsn(case):
+    bsn, bssn = twins(case, "BSN", "BSSN", 2.5)
+    for _ in range(3):
+        assert torch.equal(2.5 * bsn.normalised()[0], bssn.normalised()[0])
+
+
+def test_transposing_a_weight_swaps_the_views():
+    weight = torch.randn(6, 4, 3, 5, dtype=torch.float64)
+    a = fastsn.SpectralNorm(weight, variant="bsn")
+    b = fastsn.SpectralNorm(weight.transpose(0, 1), variant="bsn")
+    for norm, w in ((a, weight), (b, weight.transpose(0, 1))):
+        norm.warm_up(w, 2000)
+    first, second = a.measure(weight), b.measure(weight.transpose(0, 1))
+    torch.testing.assert_close(first["out"], second["in"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(first["in"], second["out"], rtol=1e-10, atol=0)
+    assert abs(first["out"] - first["in"]) > 0.05 * first["out"]  # so that a swap could not go unseen
+
+
+def test_the_last_channel_convolution_is_named_from_the_output_side():
+    conv, transposed = nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3)
+    transposed.weight.data = conv.weight.data.transpose(0, 1).clone()
+    for layer in (conv, transposed):
+        fastsn.spectral_norm(layer, variant="bsn")
+        fastsn.warm_up(layer, 1000)
+    a, b = fastsn.sigmas(conv)[""], fastsn.sigmas(transposed)[""]
+    assert a.sigma_out == pytest.approx(b.sigma_out, rel=1e-6)
+    assert a.sigma_in == pytest.approx(b.sigma_in, rel=1e-6)
+
+
+def test_sigma_follows_a_changing_weight_in_training_and_stays_in_evaluation():
+    layer = fastsn.SNLinear(20, 30)
+    layer.weight.data = torch.randn(30, 20)
+    for _ in range(200):
+        layer(torch.randn(1, 20))
+    assert top(layer.eval().normalised()[0]) == pytest.approx(1, abs=1e-3)
+    layer.weight.data = torch.randn(30, 20)
+    stale = top(layer.normalised()[0])
+    assert abs(stale - 1) > 0.1
+    before = copy.deepcopy(layer.state_dict())
+    for _ in range(5):
+        layer(torch.randn(1, 20))
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    assert top(layer.normalised()[0]) == stale
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_n_power_iterations_are_n_single_ones(n):
+    torch.manual_seed(3)
+    many = fastsn.BSNConv2d(4, 6, 3, n_power_iterations=n)
+    torch.manual_seed(3)
+    single = fastsn.BSNConv2d(4, 6, 3)
+    many.normalised()
+    for _ in range(n):
+        weight, _ = single.normalised()
+    assert torch.equal(many.eval().normalised()[0], weight)
+    assert all(torch.equal(p, q) for p, q in zip(many.state_dict().values(), single.state_dict().values(), strict=True))
+
+
+def test_many_weights_at_once_equal_each_alone():
+    weights = [views.as_oik(torch.randn(s), 0) for s in ((4, 3, 3, 3), (5, 2), (2, 6, 5))]
+    norms = [fastsn.SpectralNorm(w, variant="bsn") for w in weights]
+    vectors, scales = [n.vectors() for n in norms], [1.0, 2.0, torch.tensor(0.5)]
+    together = reference.normalize(weights, vectors, scales, n_power_iterations=2)
+    for i in range(len(weights)):
+        alone = reference.normalize(weights[i : i + 1], vectors[i : i + 1], scales[i : i + 1], n_power_iterations=2)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[i], b[0], rtol=0, atol=0)

@@ -1,0 +1,246 @@
+"""fastsn.spectral_norm is torch.nn.utils.parametrizations.spectral_norm, point by point."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import TABLE, laid_out
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrizations, parametrize
+
+import fastsn
+
+WRAPPERS = {"torch": parametrizations.spectral_norm, "fastsn": fastsn.spectral_norm}
+
+
+def discriminator(wrap) -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(
+        wrap(nn.Conv2d(1, 8, 3, padding=1)),
+        nn.LeakyReLU(0.1),
+        wrap(nn.Conv2d(8, 16, 4, stride=2, padding=1)),
+        nn.LeakyReLU(0.1),
+        wrap(nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1)),
+        nn.Flatten(),
+        wrap(nn.Linear(8 * 8 * 8, 1)),
+    )
+
+
+def assert_same_state(a: nn.Module, b: nn.Module, context: object) -> None:
+    assert list(a.state_dict()) == list(b.state_dict())
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{context}, {n}: {m}")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_200_training_steps_of_a_discriminator_equal_torchs(optimizer):
+    """Two forwards before each backward, evaluation in between, weights and buffers compared at every step."""
+    ours, theirs = discriminator(fastsn.spectral_norm), discriminator(parametrizations.spectral_norm)
+    optimizers = [optimizer(m.parameters(), lr=1e-3) for m in (theirs, ours)]
+    generator = torch.Generator().manual_seed(1)
+    assert_same_state(theirs, ours, "at construction")
+    for step in range(200):
+        real, fake = torch.randn(2, 4, 1, 8, 8, generator=generator)
+        losses = []
+        for model, opt in zip((theirs, ours), optimizers, strict=True):
+            opt.zero_grad()
+            loss = F.relu(1 - model(real)).mean() + F.relu(1 + model(fake)).mean()
+            if step % 5 == 0:
+                model.eval()
+                loss = loss + 0.1 * model(fake).mean()
+                model.train()
+            loss.backward()
+            opt.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-7)
+        assert_same_state(theirs, ours, f"step {step}")
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_same_seed_same_bits(case):
+    """Draws, 15 + 1 iterations at registration, then training and evaluation: for contiguous float32, the same bits."""
+    results = []
+    for wrap in WRAPPERS.values():
+        torch.manual_seed(2)
+        layer = wrap(case.build())
+        first, second = layer.weight.detach(), layer.weight.detach()
+        evaluated = layer.eval().weight.detach()
+        results.append([first, second, evaluated, *layer.state_dict().values(), torch.rand(1)])
+    for theirs, ours in zip(*results, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, None])
+def test_any_dim_and_dtype(dtype, dim):
+    results = []
+    for wrap in WRAPPERS.values():
+        torch.manual_seed(2)
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.randn(4, 5, 3, dtype=dtype))
+        wrap(module, dim=dim)
+        results.append([module.weight.detach(), *module.state_dict().values()])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-7)
+
+
+def test_one_dimensional_weights_are_divided_by_their_norm_and_keep_no_state():
+    for wrap in WRAPPERS.values():
+        layer = wrap(nn.Linear(3, 4), "bias")
+        assert float(layer.bias.detach().norm()) == pytest.approx(1)
+        assert list(layer.state_dict()) == ["weight", "parametrizations.bias.original"]
+        assert not hasattr(layer.parametrizations.bias[0], "n_power_iterations")
+
+
+def test_class_name_identity_and_stacking():
+    layer = nn.Linear(3, 4)
+    original = layer.weight
+    assert fastsn.spectral_norm(layer) is layer
+    assert type(layer).__name__ == "ParametrizedLinear"
+    assert isinstance(layer, nn.Linear)
+    assert layer.parametrizations.weight.original is original
+    assert "weight" not in dict(layer.named_parameters())
+    fastsn.spectral_norm(layer)
+    assert len(layer.parametrizations.weight) == 2
+    fastsn.warm_up(layer, 200)
+    assert float(torch.linalg.matrix_norm(layer.eval().weight.detach(), 2)) == pytest.approx(1, abs=1e-5)
+
+
+def test_buffers_move_in_place_and_only_in_training():
+    layer = fastsn.spectral_norm(nn.Linear(30, 40))
+    norm = layer.parametrizations.weight[0]
+    before = {n: (b, b.data_ptr(), b.clone()) for n, b in norm.named_buffers()}
+    with torch.no_grad():
+        _ = layer.weight  # no_grad does not stop the iteration, nor does a frozen weight
+    layer.parametrizations.weight.original.requires_grad_(False)
+    _ = layer.weight
+    for name, (buffer, pointer, value) in before.items():
+        now = getattr(norm, name)
+        assert now is buffer
+        assert now.data_ptr() == pointer
+        assert not torch.equal(now, value)
+    layer.eval()
+    frozen = copy.deepcopy(norm.state_dict())
+    outputs = [layer.weight for _ in range(3)]
+    assert all(torch.equal(outputs[0], o) for o in outputs)
+    assert all(torch.equal(frozen[n], b) for n, b in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["fastsn to torch", "torch to fastsn"])
+def test_state_dicts_load_in_both_directions(kind):
+    torch.manual_seed(0)
+    names = kind.split(" to ")
+    source, target = (WRAPPERS[name](nn.Conv2d(3, 5, 3)) for name in names)
+    source(torch.randn(1, 3, 4, 4))
+    target.load_state_dict(source.state_dict(), strict=True)
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(source(x), target(x))
+    assert torch.equal(source.eval()(x), target.eval()(x))
+    assert list(source.state_dict()) == list(target.state_dict())
+    partial = {k: v for k, v in source.state_dict().items() if not k.endswith("_v")}
+    assert target.load_state_dict(partial, strict=False).missing_keys == ["parametrizations.weight.0._v"]
+
+
+def test_assignment_stores_the_unnormalised_value():
+    layer = fastsn.spectral_norm(nn.Linear(3, 4))
+    parameter, value = layer.parametrizations.weight.original, torch.randn(4, 3)
+    layer.weight = value
+    assert layer.parametrizations.weight.original is parameter
+    assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_remove_parametrizations(mode):
+    for leave in (True, False):
+        results = []
+        for wrap in WRAPPERS.values():
+            torch.manual_seed(3)
+            layer = getattr(wrap(nn.Linear(5, 4)), mode)()
+            original = layer.parametrizations.weight.original.detach().clone()
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=leave)
+            assert type(layer) is nn.Linear
+            assert torch.equal(layer.weight, original) != leave
+            results.append(layer.weight)
+        assert torch.equal(*results)
+
+
+def test_cached_serves_one_weight():
+    layer = fastsn.spectral_norm(nn.Linear(30, 40))
+    with parametrize.cached():
+        first = layer.weight
+        u = layer.parametrizations.weight[0]._u.clone()
+        assert layer.weight is first
+        assert torch.equal(layer.parametrizations.weight[0]._u, u)
+    assert layer.weight is not first
+
+
+def test_two_reads_are_two_uses():
+    layer = fastsn.spectral_norm(nn.Linear(30, 40))
+    assert not torch.equal(layer.weight, layer.weight)
+
+
+def test_deepcopy_works_and_pickle_says_what_torch_says():
+    layer = fastsn.spectral_norm(nn.Linear(3, 4))
+    layer(torch.randn(1, 3)).sum().backward()
+    assert torch.equal(copy.deepcopy(layer).eval().weight, layer.eval().weight)
+    errors = []
+    for wrap in WRAPPERS.values():
+        with pytest.raises(RuntimeError) as error:
+            pickle.dumps(wrap(nn.Linear(3, 4)))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_functional_call_moves_the_buffers_it_is_given():
+    layer = fastsn.spectral_norm(nn.Linear(30, 40))
+    state = {k: v.detach().clone() for k, v in layer.state_dict().items()}
+    given = {k: v.clone() for k, v in state.items()}
+    functional_call(layer, given, torch.randn(1, 30))
+    assert all(torch.equal(state[k], v) for k, v in layer.state_dict().items())
+    assert not torch.equal(given["parametrizations.weight.0._u"], state["parametrizations.weight.0._u"])
+
+
+def test_function_transforms_give_torchs_gradients():
+    results = []
+    x = torch.randn(6, 5)
+    for wrap in WRAPPERS.values():
+        torch.manual_seed(3)
+        layer = wrap(nn.Linear(5, 4))
+        parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+
+        def loss(p, x, layer=layer, buffers=buffers):
+            return functional_call(layer, (p, buffers), (x,)).square().sum()
+
+        results.append([grad(loss)(parameters, x), vmap(grad(loss), (None, 0))(parameters, x)])
+    for theirs, ours in zip(*results, strict=True):
+        for name in theirs:
+            torch.testing.assert_close(theirs[name], ours[name], rtol=1e-5, atol=1e-6)
+
+
+def test_inference_mode_then_training():
+    layer = fastsn.spectral_norm(nn.Linear(5, 4))
+    with torch.inference_mode():
+        layer(torch.randn(2, 5))
+    layer(torch.randn(2, 5)).sum().backward()
+    assert layer.parametrizations.weight.original.grad is not None
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "offset"])
+def test_memory_layout_is_kept_and_changes_no_value(layout):
+    weight = torch.randn(6, 4, 3, 3)
+    results = []
+    for w in (weight, laid_out(weight, layout)):
+        torch.manual_seed(3)
+        module = nn.Module()
+        module.weight = nn.Parameter(w)
+        fastsn.spectral_norm(module, variant="bssn", scale=1.3)
+        results.append(module.weight)
+        if layout != "sliced":  # an elementwise result keeps the strides of a dense tensor
+            assert module.weight.stride() == w.stride()
+        module.weight.square().sum().backward()
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
