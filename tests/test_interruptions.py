@@ -1,0 +1,194 @@
+"""Runs that are killed, resumed, refused, or that meet a damaged file or a full disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gan import checkpoint
+from runs import arguments, rows, share_classifier, tiny
+
+LONG = {"steps": 60, "eval_every": 4, "checkpoint_every": 6, "n_dis": 2}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def command(args: list[str], **options: object) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *args], **{**pipes, **options})
+
+
+@pytest.mark.parametrize("schedule", ["per_forward", "per_d_step"])
+def test_killed_and_resumed_equals_never_killed(tmp_path, classifier_cache, schedule):
+    """SIGKILL twice, at moments that no checkpoint was waiting for."""
+    whole = tiny(tmp_path, classifier_cache, "whole", u_schedule=schedule, **LONG)
+    args = [*arguments(tmp_path, "killed", u_schedule=schedule, **LONG), "--resume"]
+    killed = tmp_path / "killed"
+    for rows_to_see in (3, 9):
+        with command(args) as process:
+            deadline = time.monotonic() + 120
+            while not (killed / "metrics.csv").exists() or len(rows(killed)) < rows_to_see:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        assert len(rows(killed)) < len(rows(whole))
+    with command(args) as process:
+        assert process.wait() == 0, process.stderr.read()
+    assert rows(killed) == rows(whole)
+    for run in (whole, killed):
+        assert len(rows(run)) == 15
+    ends = [checkpoint.try_load(checkpoint.of_step(run / "checkpoint", 60)) for run in (whole, killed)]
+    for part in ("generator", "discriminator"):
+        a, b = (end[part] for end in ends)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "continuing from" in (killed / "worker.log").read_text()
+
+
+def test_a_torn_row_and_rows_after_the_checkpoint_are_written_again(tmp_path, classifier_cache):
+    run = tiny(tmp_path, classifier_cache, "a")
+    expected = rows(run)
+    checkpoint.of_step(run / "checkpoint", 10).unlink()  # as if killed after step 10's row, before its checkpoint
+    with open(run / "metrics.csv", "a") as file:
+        file.write("12,3.")
+    tiny(tmp_path, classifier_cache, "a", resume=True)
+    assert rows(run) == expected
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, classifier_cache, damage):
+    run = tiny(tmp_path, classifier_cache, "a")
+    expected, last = rows(run), checkpoint.of_step(run / "checkpoint", 10)
+    data = last.read_bytes()
+    last.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "garbage": os.urandom(len(data))}[damage])
+    tiny(tmp_path, classifier_cache, "a", resume=True)
+    assert rows(run) == expected
+    log = (run / "worker.log").read_text()
+    assert f"{last} is damaged and ignored" in log
+    assert f"continuing from {checkpoint.of_step(run / 'checkpoint', 8)}" in log
+
+
+def test_a_damaged_classifier_is_trained_again(tmp_path, classifier_cache):
+    share_classifier(classifier_cache, tmp_path)
+    (file,) = tmp_path.glob("digit-classifier-*.pt")
+    good = file.read_bytes()
+    file.write_bytes(good[:1000])
+    from gan import data, evaluate
+
+    evaluate.digit_classifier(data.digits(8), tmp_path)
+    assert len(file.read_bytes()) == len(good)
+
+
+def test_resuming_a_complete_run_changes_nothing_but_its_log(tmp_path, classifier_cache):
+    run = tiny(tmp_path, classifier_cache, "a")
+    before = contents(run)
+    tiny(tmp_path, classifier_cache, "a", resume=True)
+    after = contents(run)
+    assert "is complete at step 10" in after.pop("worker.log").decode()
+    before.pop("worker.log")
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("resume", "changes", "message"),
+    [
+        (False, {}, "name must be free, got .*a, which holds this run: pass --resume to continue it"),
+        (False, {"seed": 1}, "another .*seed: 0 there, 1 here"),
+        (
+            True,
+            {"variant": "ssn", "scale": 2.0},
+            "another .*variant: 'sn' there, 'ssn' here, scale: 1.0 there, 2.0 here",
+        ),
+    ],
+)
+def test_a_folder_with_a_run_is_refused_and_untouched(tmp_path, classifier_cache, resume, changes, message):
+    run = tiny(tmp_path, classifier_cache, "a")
+    before = contents(run)
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, classifier_cache, "a", resume=resume, **changes)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path, classifier_cache, resume):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds something else"):
+        tiny(tmp_path, classifier_cache, "a", resume=resume)
+    assert contents(tmp_path / "a") == {"thesis.tex": b"x"}
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 2000}, {"scale": 2.0}, {"device": "cuda"}])
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, classifier_cache, change):
+    if torch.cuda.is_available() and change == {"device": "cuda"}:
+        pytest.skip("a CUDA device is there")
+    with pytest.raises(ValueError, match="must be"):
+        tiny(tmp_path, classifier_cache, "a", **change)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_previous_checkpoint(tmp_path):
+    """A limit on file size is what a process without root has of a full disk: the write fails half way."""
+    path = checkpoint.of_step(tmp_path, 1)
+    checkpoint.save(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for target in (checkpoint.of_step(tmp_path, 2), path):
+            with pytest.raises(
+                OSError, match=rf"cannot write {target}: File too large; what was there before is intact"
+            ):
+                checkpoint.save(target, {"step": 2, "weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.newest(tmp_path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def run_to_failure(args: list[str], **options: object) -> str:
+    with command(args, **options) as process:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    return errors.strip().splitlines()[-1]
+
+
+def test_the_command_line_says_what_is_full_in_one_line(tmp_path, classifier_cache):
+    share_classifier(classifier_cache, tmp_path)
+    last = run_to_failure(
+        arguments(tmp_path, "a", width=0.2),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )
+    assert last.startswith("error: ")
+    assert "step-00000004.pt: File too large" in last
+    assert len(rows(tmp_path / "a")) == 1
+    assert "stopped" in (tmp_path / "a" / "worker.log").read_text()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a system folder", "read-only"])
+def test_the_command_line_says_what_cannot_be_written_in_one_line(tmp_path, kind):
+    folder = Path("/proc/runs") if kind == "a system folder" else tmp_path / "runs"
+    if kind == "a file":
+        folder.write_text("")
+    elif kind == "read-only":
+        if os.geteuid() == 0:
+            pytest.skip("root may write everywhere")
+        folder.mkdir(mode=0o555)
+    last = run_to_failure(arguments(folder, "a"))
+    assert last.startswith("error: ")
+    assert f"cannot write {folder}/a/config.json: " in last
+
+
+def test_the_command_line_refuses_mistakes_in_one_line(tmp_path):
+    assert "batch_size must be at most the 1797 images" in run_to_failure(arguments(tmp_path, "a", batch_size=2000))
+    assert list(tmp_path.iterdir()) == []

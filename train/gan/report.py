@@ -1,0 +1,104 @@
+"""Pictures: sample grids, and the comparison of runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 (N, C, S, S) with C of 1 or 3 as one picture, row by row, a pixel apart."""
+    count, channels, size, _ = images.shape
+    rows = -(-count // columns)
+    sheet = torch.zeros(channels, rows * (size + 1) - 1, columns * (size + 1) - 1, dtype=torch.uint8)
+    for index, image in enumerate(images.cpu()):
+        top, left = (index // columns) * (size + 1), (index % columns) * (size + 1)
+        sheet[:, top : top + size, left : left + size] = image
+    pixels = sheet[0] if channels == 1 else sheet.permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
+
+
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv. Raises FileNotFoundError that says what a run folder is."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} must be the folder of a run with a metrics.csv, found none")
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_scalars(run: Path, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+    """TensorBoard scalars whose tag starts with ``prefix``: {tag: (steps, values)}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: ([e.step for e in events.Scalars(tag)], [e.value for e in events.Scalars(tag)])
+        for tag in events.Tags()["scalars"]
+        if tag.startswith(prefix)
+    }
+
+
+def title(run: Path) -> str:
+    """Variant, scale and seed of a run."""
+    config: dict[str, Any] = json.loads((run / "config.json").read_text())["config"]
+    scale = f", scale {config['scale']:g}" if config["scale"] != 1 else ""
+    return f"{config['variant'].upper()}{scale}, seed {config['seed']}"
+
+
+def compare(runs: list[Path], out: Path, fid_name: str, score_name: str) -> None:
+    """One picture: last sample grids side by side, FID and score over steps, sigma of every layer over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(4.6 * max(2, len(runs)), 13), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1.25, 0.8, 1))
+    for axis, run in zip(top.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+        last = max((run / "sample").glob("step-*.png"))
+        with Image.open(last) as picture:
+            axis.imshow(picture, cmap="gray", interpolation="nearest")
+        axis.set_title(f"{title(run)}\nsamples at step {int(last.stem.split('-')[1]):,}")
+        axis.set_axis_off()
+    for axis, column, name in zip(
+        middle.subplots(1, 2), ("fid", "inception_score_mean"), (fid_name, score_name), strict=True
+    ):
+        for run in runs:
+            rows = read_metrics(run)
+            axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows], marker=".", label=title(run))
+        axis.set(xlabel="generator steps", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes = bottom.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    for axis, run in zip(axes, runs, strict=True):
+        for tag, (steps, values) in read_scalars(run, "sigma/").items():
+            axis.plot(steps, values, label=tag.removeprefix("sigma/"))
+        axis.set(title=f"sigma of each layer, {title(run)}", xlabel="generator steps", ylabel="sigma", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small", ncols=2)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def table(runs: list[Path], fid_name: str, score_name: str) -> str:
+    """The last row of each run, and its best FID, as text."""
+    lines = [f"{'run':<24}{'steps':>8}{fid_name:>12}{'best':>10}{score_name:>16}{'seconds':>10}"]
+    for run in runs:
+        rows = read_metrics(run)
+        last, best = rows[-1], min(float(r["fid"]) for r in rows)
+        score = f"{float(last['inception_score_mean']):.3f} ± {float(last['inception_score_std']):.3f}"
+        lines.append(
+            f"{title(run):<24}{last['step']:>8}{float(last['fid']):>12.3f}{best:>10.3f}{score:>16}"
+            f"{float(last['seconds']):>10.0f}"
+        )
+    return "\n".join(lines)

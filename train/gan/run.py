@@ -1,0 +1,121 @@
+"""The folder of a run: who may write there, and every file in it but the checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import fastsn
+from gan.checkpoint import atomic_write
+from gan.config import Config
+
+COLUMNS = ("step", "fid", "inception_score_mean", "inception_score_std", "seconds", "protocol")
+_log = logging.getLogger("gan")
+
+
+def claim(config: Config, resume: bool) -> None:
+    """Make the folder of a run, or check that this run may continue there. Nothing in it is overwritten.
+
+    Raises:
+        ValueError: the folder holds something that is not a run, a run without ``resume``, or another config.
+        OSError: the folder cannot be made or written.
+    """
+    folder, file = config.folder, config.folder / "config.json"
+    if file.is_file():
+        held = json.loads(file.read_text())["config"]
+        changed = {k: (held.get(k), v) for k, v in config.as_json().items() if held.get(k) != v}
+        changed |= {k: (v, None) for k, v in held.items() if k not in config.as_json()}
+        if changed:
+            differences = ", ".join(f"{k}: {old!r} there, {new!r} here" for k, (old, new) in changed.items())
+            raise ValueError(f"name must be free or hold this config, got {folder} with another ({differences})")
+        if not resume:
+            raise ValueError(f"name must be free, got {folder}, which holds this run: pass --resume to continue it")
+        return
+    if folder.exists() and (not folder.is_dir() or any(p.suffix != ".partial" for p in folder.iterdir())):
+        raise ValueError(f"name must be free or hold a run, got {folder}, which holds something else")
+    environment = {
+        "fastsn": fastsn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    text = json.dumps({"config": config.as_json(), "environment": environment}, indent=2)
+    atomic_write(file, text.encode())
+
+
+class Outputs:
+    """worker.log, metrics.csv, time.txt, sample/ and the TensorBoard events of a run, continued after ``step``."""
+
+    def __init__(self, folder: Path, step: int, seconds: float) -> None:
+        self.folder = folder
+        self._started, self._before = time.perf_counter(), seconds
+        self._drop_rows_after(step)
+        (folder / "sample").mkdir(exist_ok=True)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, interruptions not counted."""
+        return self._before + time.perf_counter() - self._started
+
+    def _drop_rows_after(self, step: int) -> None:
+        """Rows written after the checkpoint that the run continues from will be written again; a torn one goes too."""
+        path = self.folder / "metrics.csv"
+        old = path.read_text().splitlines() if path.exists() else []
+        rows = [r for r in csv.DictReader(old) if None not in r.values() and int(r["step"]) <= step]
+        out = io.StringIO()
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write(path, out.getvalue().encode())
+
+    def metrics(self, step: int, fid: float, mean: float, std: float, protocol: str) -> None:
+        """One row of metrics.csv."""
+        numbers = ",".join(f"{x:.12f}" for x in (fid, mean, std))
+        with open(self.folder / "metrics.csv", "a") as file:
+            file.write(f"{step},{numbers},{self.seconds:.3f},{protocol}\n")
+
+    def time(self, step: int, what: str) -> None:
+        """One line of time.txt, as in the BSN repo."""
+        with open(self.folder / "time.txt", "a") as file:
+            file.write(f"iter {step} {what}: {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+
+    def close(self) -> None:
+        """Flush the TensorBoard events."""
+        self.board.close()
+
+
+@contextlib.contextmanager
+def log_to(folder: Path) -> Iterator[None]:
+    """Send the log, warnings included, to worker.log as well as to stderr, and an error's traceback to worker.log."""
+    handler = logging.FileHandler(folder / "worker.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    crash = logging.getLogger("gan.crash")
+    crash.propagate = False
+    loggers = (_log, crash, logging.getLogger("py.warnings"))
+    logging.captureWarnings(True)
+    for logger in loggers:
+        logger.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.info("command: %s", " ".join(sys.argv))
+    try:
+        yield
+    except BaseException:
+        crash.exception("stopped")
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+        logging.captureWarnings(False)
