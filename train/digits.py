@@ -16,9 +16,11 @@ from gan.config import Config
 
 @dataclass(frozen=True)
 class Digits(Config):
-    """The digits at 16 x 16, a quarter of the paper's width, its setting C (Adam 2e-4, 0.5, 0.999)."""
+    """The digits at 16 x 16, a quarter of the paper's width, Adam of SN-GAN's setting C, two discriminator steps."""
 
-    steps: int = 2000
+    steps: int = 1600
+    batch_size: int = 32
+    n_dis: int = 2
     lr_g: float = 2e-4
     lr_d: float = 2e-4
     width: float = 0.25
@@ -34,7 +36,7 @@ def main(config: Digits, resume: bool = False) -> None:
     device = loop.pick_device(config.device)
     dataset = data.digits(config.image_size)
     training = loop.Training(config, dataset, device)
-    with cli.worker(config, resume):
+    with cli.worker(config, resume, device):
         net = evaluate.digit_classifier(dataset, config.runs)
         evaluator = evaluate.Evaluator(dataset, net, net.FEATURES, config.eval_fakes, config.seed, device)
         loop.train(training, evaluator, resume)

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 
+import torch
 import tyro
 
 from gan import run
@@ -23,8 +24,8 @@ def start(main: Callable[..., None]) -> None:
 
 
 @contextlib.contextmanager
-def worker(config: Config, resume: bool) -> Iterator[None]:
+def worker(config: Config, resume: bool, device: torch.device) -> Iterator[None]:
     """Claim the run's folder and log to its worker.log; an error ends up there too."""
-    run.claim(config, resume)
+    run.claim(config, resume, device)
     with run.log_to(config.folder):
         yield

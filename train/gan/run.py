@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ COLUMNS = ("step", "fid", "inception_score_mean", "inception_score_std", "second
 _log = logging.getLogger("gan")
 
 
-def claim(config: Config, resume: bool) -> None:
+def claim(config: Config, resume: bool, device: torch.device) -> None:
     """Make the folder of a run, or check that this run may continue there. Nothing in it is overwritten.
 
     Raises:
@@ -44,14 +45,31 @@ def claim(config: Config, resume: bool) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(p.suffix != ".partial" for p in folder.iterdir())):
         raise ValueError(f"name must be free or hold a run, got {folder}, which holds something else")
-    environment = {
-        "fastsn": fastsn.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
-    text = json.dumps({"config": config.as_json(), "environment": environment}, indent=2)
+    text = json.dumps({"config": config.as_json(), "environment": _environment(device)}, indent=2) + "\n"
     atomic_write(file, text.encode())
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor() or "cpu")
+
+
+def _environment(device: torch.device) -> dict[str, str | int | None]:
+    """What a figure of this run has to name: device, versions, commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a git checkout
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastsn": fastsn.__version__,
+        "commit": commit,
+    }
 
 
 class Outputs:
