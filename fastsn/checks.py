@@ -42,11 +42,11 @@ def count(value: object, name: str) -> int:
 
 
 def eps(value: object) -> float:
-    """``value`` if it is a float in [0, 1); TypeError or ValueError otherwise."""
+    """``value`` if it is a finite float of at least 0; TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"eps must be a float, got {value!r}")
-    if not 0 <= value < 1:
-        raise ValueError(f"eps must be in [0, 1), got {value}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {value}")
     return float(value)
 
 

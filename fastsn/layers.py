@@ -22,13 +22,14 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
     Takes the arguments of ``{plain}`` and
         scale: the constant c, a float, a tensor of one element or a (learnable, shareable) Parameter{fixed}.
         n_power_iterations: power iterations per forward in training mode.
-        eps: floor of the norms that vectors are divided by.
-        scale_bias: multiply the bias by c too (the gamma variants of the paper).
+        eps: as torch's spectral_norm; without effect, because no vector is divided by less than its own norm.
+        scale_bias: multiply the bias by c too (the gamma variants of the paper){needs_free}.
 
-    Shapes: those of ``{plain}``. Any floating or complex dtype; u and v are float32 or wider.
+    Shapes: those of ``{plain}``. Any floating or complex dtype; u and v are float32 or wider. With groups the norm is
+    that of the weight tensor as torch stores it, which bounds the norm of every group.
 
-    Raises ValueError or TypeError for a scale that is not finite and positive{or_one}, n_power_iterations < 1, an eps
-    outside [0, 1), and what ``{plain}`` raises. Source: {source}.
+    Raises ValueError or TypeError for a scale that is not finite and positive{or_one}, n_power_iterations < 1, a
+    negative eps, and what ``{plain}`` raises. Source: {source}.
     """
 
 _EQUATIONS = {("out",): r"W / \sigma_{out}", ("out", "in"): r"W / ((\sigma_{out} + \sigma_{in})/2)"}
@@ -52,6 +53,8 @@ class Normalised(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if scale_bias and not (variants.get(self.variant).free_scale and hasattr(self, "bias")):
+            raise ValueError(f"scale_bias must be False, got True: {type(self).__name__} has no free scale or no bias")
         self.scale_bias = scale_bias
         self.spectral_norm = SpectralNorm(
             self.weight,
@@ -73,6 +76,7 @@ class Normalised(nn.Module):
             plain=f"nn.{cls.plain.__name__}",
             equation=("c \\, " if row.free_scale else "") + _EQUATIONS[row.views],
             fixed="" if row.free_scale else "; it is 1 for this variant",
+            needs_free="" if row.free_scale else "; must be False for this variant",
             or_one="" if row.free_scale else " or not 1",
             source=row.source,
         )

@@ -37,19 +37,27 @@ class _Site:
     index: int | None = None
 
     def weight(self) -> Tensor:
-        """What the norm is applied to, without a side effect on any norm."""
-        if self.index is None:
-            weight = getattr(self.owner, self.tensor)
+        """What the norm is applied to, in evaluation, so that nothing moves."""
+        if parametrize.is_parametrized(self.owner, self.tensor):
+            weight = _evaluated(_parametrizations(self.owner)[self.tensor], self.index)
         else:
-            chain = _parametrizations(self.owner)[self.tensor]
-            steps = list(chain)[: self.index]
-            if chain.is_tensor:
-                weight = chain.original
-            else:  # the first parametrization builds the tensor from several
-                weight = steps.pop(0)(*(getattr(chain, f"original{i}") for i in range(chain.ntensors)))
-            for part in steps:
-                weight = part.peek(weight) if isinstance(part, SpectralNorm) else part(weight)
+            weight = getattr(self.owner, self.tensor)
         return checks.weight(weight, self.name or type(self.owner).__name__)
+
+
+def _evaluated(chain: Any, count: int | None = None) -> Tensor:
+    """The tensor after the first ``count`` parametrizations (default: all), each in evaluation mode."""
+    names = ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
+    values = [getattr(chain, name) for name in names]
+    for part in list(chain)[:count]:
+        if isinstance(part, SpectralNorm):
+            values = [part.evaluate(*values)]
+        else:
+            training = part.training
+            values = [part.eval()(*values)]
+            part.train(training)
+    (value,) = values
+    return value  # type: ignore[no-any-return]
 
 
 def _parametrizations(module: nn.Module) -> Any:
@@ -61,14 +69,17 @@ def _sites(model: nn.Module) -> list[_Site]:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     sites = []
     for prefix, module in model.named_modules():
-        if isinstance(module, Normalised):
-            sites.append(_Site(prefix, module, "weight", module.spectral_norm))
+        found: list[tuple[str, int | None, SpectralNorm]] = []
         if parametrize.is_parametrized(module):
             for tensor, chain in _parametrizations(module).items():
-                norms = [(i, p) for i, p in enumerate(chain) if isinstance(p, SpectralNorm)]
-                for i, norm in norms:
-                    parts = (prefix, tensor if tensor != "weight" else "", str(i) if len(norms) > 1 else "")
-                    sites.append(_Site(".".join(filter(None, parts)), module, tensor, norm, i))
+                found += [(tensor, i, p) for i, p in enumerate(chain) if isinstance(p, SpectralNorm)]
+        if isinstance(module, Normalised):
+            found.append(("weight", None, module.spectral_norm))
+        for tensor, i, norm in found:
+            several = sum(other == tensor for other, _, _ in found) > 1
+            position = "spectral_norm" if i is None else str(i)
+            parts = (prefix, tensor if tensor != "weight" else "", position if several else "")
+            sites.append(_Site(".".join(filter(None, parts)), module, tensor, norm, i))
     return sites
 
 
@@ -85,7 +96,7 @@ def sigmas(model: nn.Module) -> dict[str, Sigmas]:
 
     Reads the device once for all layers. Raises ValueError for weights on the meta device.
     """
-    sites = _sites(model)
+    sites = _checked_sites(model)
     values = [_measure(site) for site in sites]
     flat = iter(torch.cat([v.double().cpu() for v in values]).tolist() if values else [])
     result = {}
@@ -99,18 +110,22 @@ def sigmas(model: nn.Module) -> dict[str, Sigmas]:
 
 
 def _measure(site: _Site) -> Tensor:
-    weight = _materialised(site)
+    weight = site.weight()
     if weight.ndim == 1:
         norm: Tensor = torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype)))
         return norm.reshape(1)
     return torch.stack([torch.real(sigma) for sigma in site.norm.measure(weight).values()])
 
 
-def _materialised(site: _Site) -> Tensor:
-    weight = site.weight()
-    if weight.is_meta:
-        raise ValueError(f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first")
-    return weight
+def _checked_sites(model: nn.Module) -> list[_Site]:
+    """All sites, once every weight is known to have values: nothing moves if one has none."""
+    sites = _sites(model)
+    for site in sites:
+        if site.weight().is_meta:
+            raise ValueError(
+                f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first"
+            )
+    return sites
 
 
 @torch.no_grad()
@@ -118,7 +133,8 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
     """Bring u and v of every layer to its weight by ``iterations`` power iterations, stored, in any mode.
 
     For weights that did not come from training with these vectors: loaded without them, re-initialised, averaged,
-    materialised from meta. Vectors that are unusable (non-finite, far from length 1) are drawn anew first.
+    materialised from meta. Vectors that are unusable (non-finite, far from length 1) are drawn anew first. A tensor
+    ``scale`` that was on meta has to be set like the weights.
 
     Returns:
         The same model.
@@ -127,8 +143,8 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
         ValueError: ``iterations`` < 1, or a weight on the meta device.
     """
     checks.count(iterations, "iterations")
-    for site in _sites(model):
-        site.norm.warm_up(_materialised(site), iterations)
+    for site in _checked_sites(model):
+        site.norm.warm_up(site.weight(), iterations)
     return model
 
 
@@ -146,19 +162,24 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
 
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
     them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
-    anew with the block's vectors. All uses share one graph, so call ``backward`` once (or keep the graph).
+    anew with the block's vectors (a change through ``.data`` is not seen). All uses share one graph, so call
+    ``backward`` once (or keep the graph); inside the block if activation checkpointing recomputes the forward.
 
     Raises:
-        ValueError: a weight on the meta device.
+        ValueError: a weight on the meta device. No vector has moved.
     """
     releases = []
     try:
-        for site in _sites(model):
-            if site.norm.views:  # a 1-D weight has no vectors to share
-                vectors = site.norm.iterate(_materialised(site).detach())
-                if advance and site.norm.training:
-                    site.norm.store(vectors)
-                releases.append(site.norm.hold(vectors))
+        for site in _checked_sites(model):
+            if not site.norm.views:  # a 1-D weight has no vectors to share
+                continue
+            weight = site.weight()
+            vectors = site.norm.iterate(weight.detach())
+            if advance and site.norm.training:
+                site.norm.store(vectors)
+            releases.append(site.norm.hold(vectors))
+            if not torch.compiler.is_compiling():
+                site.norm(weight)  # made here, not at the first use, which may be inside a checkpointed region
         yield
     finally:
         for release in reversed(releases):
@@ -179,9 +200,8 @@ def fold(model: Module) -> Module:
         TypeError: a user's subclass of a fastsn layer, which has no plain counterpart. The model is unchanged.
         ValueError: a weight on the meta device. The model is unchanged.
     """
-    sites = _sites(model)
+    sites = _checked_sites(model)
     for site in sites:
-        _materialised(site)
         if isinstance(site.owner, Normalised) and "variant" not in type(site.owner).__dict__:
             raise TypeError(f"model has {type(site.owner).__name__} at {site.name!r}, a subclass that cannot be folded")
     for owner, tensor in dict.fromkeys((site.owner, site.tensor) for site in sites):
@@ -194,7 +214,7 @@ def fold(model: Module) -> Module:
 
 def _fold_layer(layer: Normalised) -> None:
     norm = layer.spectral_norm
-    weight, bias = norm.peek(layer.weight), getattr(layer, "bias", None)
+    weight, bias = norm.evaluate(layer.weight), getattr(layer, "bias", None)
     if layer.scale_bias and bias is not None:
         layer.bias = nn.Parameter(norm.scaled(bias), requires_grad=bias.requires_grad)
     layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
@@ -204,12 +224,9 @@ def _fold_layer(layer: Normalised) -> None:
 
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
     chain = _parametrizations(module)[tensor]
-    chain.eval()
-    if not chain.is_tensor:  # several originals cannot be restored as one tensor
-        parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
-        return
-    value, original = getattr(module, tensor).clone(), chain.original
-    parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
-    if isinstance(original, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=original.requires_grad)
+    value = _evaluated(chain).clone()
+    # The original comes back where there is one, so that weights tied to it keep their values.
+    parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)
+    if tensor in module._parameters:
+        value = nn.Parameter(value, requires_grad=getattr(module, tensor).requires_grad)
     setattr(module, tensor, value)

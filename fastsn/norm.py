@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastsn import checks, reference, variants, views
 from fastsn.reference import Sigmas, Vectors
@@ -29,6 +30,14 @@ class _Served(NamedTuple):
     value: Tensor
 
 
+class _Hold:
+    """What a step serves: vectors fixed at its start, and the weights made of them so far."""
+
+    def __init__(self, vectors: Vectors) -> None:
+        self.vectors = vectors
+        self.made: dict[torch.dtype, _Served] = {}
+
+
 class SpectralNorm(nn.Module):
     r"""Normalises one weight: ``norm(weight)`` returns :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
 
@@ -41,8 +50,8 @@ class SpectralNorm(nn.Module):
             and keeps no state.
         n_power_iterations: rounds per use in training mode, at least 1.
         dim: the dimension of output channels.
-        eps: floor of the norms that vectors are divided by. Vectors are brought near size 1 by a power of two first,
-            so only a zero vector reaches the floor; for a 1-D weight it is the floor of the weight's own norm.
+        eps: floor of the norm of a 1-D weight, as in torch. A weight with more dimensions needs none: its vectors are
+            normalised exactly at any size, and a zero vector is not stored.
         variant: "sn", "ssn", "bsn" or "bssn", see ``fastsn.variants``.
         scale: the constant c of "ssn" and "bssn": a float, a tensor of one element, or a Parameter, which is learnt
             and may be shared between norms.
@@ -58,7 +67,7 @@ class SpectralNorm(nn.Module):
     """
 
     scale: float | Tensor
-    _held: tuple[Vectors, dict[torch.dtype, _Served]] | None
+    _holds: list[_Hold]
 
     def __init__(
         self,
@@ -85,7 +94,7 @@ class SpectralNorm(nn.Module):
             self.scale = scale
         self.follows_autocast = follows_autocast
         self.views: tuple[str, ...] = ()
-        self._held = None
+        self._holds = []
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik = views.as_oik(weight.detach(), self.dim)
@@ -97,15 +106,16 @@ class SpectralNorm(nn.Module):
                 self.store(self.iterate(weight, WARM_UP_ITERATIONS))
 
     def _draw(self, vector: Tensor) -> Tensor:
-        return F.normalize(vector.normal_(0, 1), dim=0, eps=self.eps)
+        return F.normalize(vector.normal_(0, 1), dim=0)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight: same shape and strides, same dtype (or autocast's). Iterates in training mode."""
         if weight.ndim == 1:
-            return self.scaled(F.normalize(weight, dim=0, eps=self.eps))
+            unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
+            return self.scaled(unit).to(weight.dtype)
         checks.weight(weight, "weight")
-        if self._held is not None:
-            return self._serve(weight, *self._held)
+        if self._holds:
+            return self._serve(weight, self._holds[-1])
         vectors = self.iterate(weight)
         if self.training:
             self.store(vectors)
@@ -131,7 +141,7 @@ class SpectralNorm(nn.Module):
         if rounds == 0:
             return {view: (u.clone(), v.clone()) for view, (u, v) in self.vectors().items()}
         with _no_autocast(weight), torch.no_grad():
-            return reference.power_iteration([self._oik(weight)], [self.vectors()], rounds, self.eps)[0]
+            return reference.power_iteration([self._oik(weight)], [self.vectors()], rounds)[0]
 
     @torch.no_grad()
     def store(self, vectors: Vectors) -> None:
@@ -152,11 +162,10 @@ class SpectralNorm(nn.Module):
         with _no_autocast(weight):
             return reference.rescale([weight], [sigmas], [self.scale], [dtype])[0]
 
-    def peek(self, weight: Tensor) -> Tensor:
-        """The normalised weight by the vectors in force, with no effect on them: not a use."""
-        if self._held is not None or weight.ndim == 1:
-            return self.forward(weight)
-        return self.rescale(weight, self.iterate(weight, 0))
+    def evaluate(self, weight: Tensor) -> Tensor:
+        """What evaluation mode returns outside any step and autocast, whatever the mode: not a use, nothing moves."""
+        with _no_autocast(weight):
+            return self(weight) if weight.ndim == 1 else self.rescale(weight, self.iterate(weight, 0))
 
     @torch.no_grad()
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS) -> None:
@@ -168,30 +177,29 @@ class SpectralNorm(nn.Module):
         if weight.ndim > 1:
             self.store(self.iterate(weight, iterations))
 
-    def hold(self, vectors: Vectors | None) -> Callable[[], None]:
-        """Serve every later call from ``vectors`` without iterating, until the returned function is called."""
-        previous = self._held
-        self._held = None if vectors is None else (vectors, {})
+    def hold(self, vectors: Vectors) -> Callable[[], None]:
+        """Serve every later call from ``vectors`` without iterating, until the returned function is called. The newest
+        hold counts; holds may end in any order."""
+        hold = _Hold(vectors)
+        self._holds.append(hold)
+        return lambda: self._holds.remove(hold)
 
-        def release() -> None:
-            self._held = previous
-
-        return release
-
-    def _serve(self, weight: Tensor, vectors: Vectors, made: dict[torch.dtype, _Served]) -> Tensor:
+    def _serve(self, weight: Tensor, hold: _Hold) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph cannot ask whether a weight has changed: make it anew, fused
+            return self.rescale(weight, hold.vectors)
         dtype = self._out_dtype(weight)
         inputs = (weight, self.scale) if isinstance(self.scale, Tensor) else (weight,)
         versions = tuple(0 if t.is_inference() else t._version for t in inputs)
         wants_graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        served = made.get(dtype)
+        served = hold.made.get(dtype)
         if (
             served is None
             or served.source is not weight
             or served.versions != versions
-            or (wants_graph and not served.value.requires_grad)
+            or (torch.is_grad_enabled() and wants_graph != served.value.requires_grad)
             or (served.value.is_inference() and not torch.is_inference_mode_enabled())
         ):
-            served = made[dtype] = _Served(weight, versions, self.rescale(weight, vectors))
+            served = hold.made[dtype] = _Served(weight, versions, self.rescale(weight, hold.vectors))
         return served.value
 
     def _oik(self, weight: Tensor) -> Tensor:
@@ -199,8 +207,9 @@ class SpectralNorm(nn.Module):
 
     def _out_dtype(self, weight: Tensor) -> torch.dtype:
         device = weight.device.type
-        half = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        if self.follows_autocast and half and _autocast_is_on(device):
+        castable = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        cached = getattr(parametrize, "_cache_enabled", 0)  # parametrize.cached() would serve one dtype to every reader
+        if self.follows_autocast and castable and not cached and _autocast_is_on(device):
             return torch.get_autocast_dtype(device)
         return weight.dtype
 
@@ -213,9 +222,15 @@ class SpectralNorm(nn.Module):
                 self._buffers[name] = old.to(new.device, reference.wide(new.dtype))
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
+            if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
+                self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
+
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_holds": []}
 
     def extra_repr(self) -> str:
         """The variant, the scale, and what else differs from the defaults."""

@@ -38,10 +38,12 @@ def spectral_norm(
         module: the module that owns the tensor; changed in place.
         name: a parameter or buffer of it with at least one dimension; any real or complex floating dtype.
         n_power_iterations: power iterations per access in training mode.
-        eps: floor of the norms that vectors are divided by.
+        eps: floor of the norm of a 1-D tensor; others need none, see ``SpectralNorm``.
         dim: dimension of output channels; by default 1 for ConvTranspose1-3d and 0 for everything else.
         variant: "sn", "ssn", "bsn" or "bssn".
         scale: c, for "ssn" and "bssn": a float, a tensor of one element or a (learnable, shareable) Parameter.
+
+    A grouped convolution is measured as torch does: by the weight tensor as it is stored, (O, I / groups, ...).
 
     Returns:
         The same module.

@@ -2,7 +2,7 @@
 
 A weight is an array (O, I, K), any strides, and each of its views (``fastsn.views``) is a matrix M with vectors u, v:
 
-    power iteration, n times    u <- M v / max(|M v|, eps),  v <- M^H u / max(|M^H u|, eps)
+    power iteration, n times    u <- M v / |M v|,  v <- M^H u / |M^H u|  (a zero or non-finite vector is not taken)
     sigma of a view             u^H M v   (with u, v held constant: d sigma / dM = u v^H)
     normalised weight           W̄ = scale * W / mean(sigma of its views)
 
@@ -36,18 +36,19 @@ def matrix(oik: Tensor, view: str) -> Tensor:
     return oik.reshape(o, i * k) if view == "out" else oik.transpose(1, 2).reshape(o * k, i)
 
 
-def _unit(x: Tensor, old: Tensor, eps: float) -> Tensor:
-    """x / max(|x|, eps), or ``old`` where x is zero or not finite: a bad vector never becomes state.
+def _unit(x: Tensor, old: Tensor) -> Tensor:
+    """x / |x|, or ``old`` where x is zero or not finite: a bad vector never becomes state.
 
-    x is first divided by the power of two below its largest entry. That is exact, so a result that torch gets right
-    keeps its bits, while the norm of a tiny or huge x can neither underflow (below eps torch stores a vector shorter
-    than 1, which shrinks further with every step and never recovers) nor overflow.
+    torch divides by max(|x|, eps): below eps it stores a vector shorter than 1, which shrinks further with every step
+    and never recovers. Here x is first divided by the power of two below its largest entry, so that the norm of a tiny
+    or huge x neither underflows nor overflows and no floor is needed. A power of two costs no rounding: wherever torch
+    gets the vector right, this has the same bits.
     """
     peak = x.detach().abs().amax()
     mantissa, _ = torch.frexp(peak)
     power = peak / (2 * mantissa)
     sound = power.isfinite() & (power > 0)
-    unit = F.normalize(x / torch.where(sound, power, torch.ones_like(power)), dim=0, eps=eps)
+    unit = F.normalize(x / torch.where(sound, power, torch.ones_like(power)), dim=0)
     return torch.where(sound, unit, old)
 
 
@@ -55,7 +56,6 @@ def power_iteration(
     weights: Sequence[Tensor],
     vectors: Sequence[Vectors],
     n_power_iterations: int = 1,
-    eps: float = 1e-12,
     gradient: str = "fixed",
 ) -> list[Vectors]:
     """The vectors after ``n_power_iterations`` rounds on every view, as new tensors.
@@ -63,7 +63,6 @@ def power_iteration(
     Args:
         weights: (O, I, K) each.
         vectors: per weight, view -> (u, v); their keys say which views are iterated.
-        eps: floor of a vector's norm.
         gradient: "fixed" holds u and v constant (torch, Miyato); "through" lets autograd differentiate the iteration,
             as the BSN authors' own code does. Both agree once the iteration has converged.
     """
@@ -71,16 +70,16 @@ def power_iteration(
         raise ValueError(f"gradient must be 'fixed' or 'through', got {gradient!r}")
     with torch.set_grad_enabled(gradient == "through" and torch.is_grad_enabled()):
         return [
-            {view: _iterate(matrix(w, view), u, v, n_power_iterations, eps) for view, (u, v) in state.items()}
+            {view: _iterate(matrix(w, view), u, v, n_power_iterations) for view, (u, v) in state.items()}
             for w, state in zip(weights, vectors, strict=True)
         ]
 
 
-def _iterate(m: Tensor, u: Tensor, v: Tensor, n: int, eps: float) -> tuple[Tensor, Tensor]:
+def _iterate(m: Tensor, u: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
     u, v = u.to(m.dtype), v.to(m.dtype)
     for _ in range(n):
-        u = _unit(torch.mv(m, v), u, eps)
-        v = _unit(torch.mv(m.mH, u), v, eps)
+        u = _unit(torch.mv(m, v), u)
+        v = _unit(torch.mv(m.mH, u), v)
     return u, v
 
 
@@ -131,7 +130,6 @@ def normalize(
     vectors: Sequence[Vectors],
     scales: Sequence[float | Tensor],
     n_power_iterations: int = 1,
-    eps: float = 1e-12,
     gradient: str = "fixed",
 ) -> tuple[list[Tensor], list[Sigmas], list[Vectors]]:
     """A whole step: iterate (0 times in evaluation), measure, rescale. Returns (W̄, sigmas, new vectors) per weight.
@@ -141,6 +139,6 @@ def normalize(
         u = F.normalize(M @ v, dim=0); v = F.normalize(M.T @ u, dim=0)
         W̄ = scale * W / (u @ M @ v)
     """
-    vectors = power_iteration(weights, vectors, n_power_iterations, eps, gradient)
+    vectors = power_iteration(weights, vectors, n_power_iterations, gradient)
     measured = sigmas(weights, vectors)
     return rescale(weights, measured, scales), measured, vectors

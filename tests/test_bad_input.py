@@ -67,7 +67,7 @@ def test_iterations_that_are_no_integer(n):
 
 
 @pytest.mark.parametrize(
-    ("eps", "error"), [(-1e-12, ValueError), (1.0, ValueError), (math.nan, ValueError), ("0", TypeError)]
+    ("eps", "error"), [(-1e-12, ValueError), (math.inf, ValueError), (math.nan, ValueError), ("0", TypeError)]
 )
 def test_eps(eps, error):
     with pytest.raises(error, match="eps must be "):
@@ -153,6 +153,22 @@ def test_embeddings_that_cannot_be_normalised():
         fastsn.SNEmbedding(3, 4, max_norm=1.0)
     with pytest.raises(ValueError, match="sparse must be False, got True"):
         fastsn.SNEmbedding(3, 4, sparse=True)
+
+
+@pytest.mark.parametrize("name", ["SNLinear", "BSNLinear", "BSSNEmbedding"])
+def test_scale_bias_without_a_scale_or_a_bias(name):
+    with pytest.raises(ValueError, match=f"scale_bias must be False, got True: {name} has no free scale or no bias"):
+        getattr(fastsn, name)(3, 4, scale_bias=True)
+
+
+def test_one_weight_without_values_and_no_vector_moves():
+    net = nn.Sequential(fastsn.SNLinear(3, 3), fastsn.SNLinear(3, 4, device="meta"))
+    before = [b.clone() for b in net[0].buffers()]
+    with pytest.raises(ValueError, match="weight of '1' must have values"):
+        fastsn.warm_up(net)
+    with pytest.raises(ValueError, match="weight of '1' must have values"), fastsn.step(net):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(before, net[0].buffers(), strict=True))
 
 
 def test_fold_refuses_a_users_subclass_and_changes_nothing():

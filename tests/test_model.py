@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from shapes import TABLE
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import fastsn
 
@@ -100,12 +102,81 @@ def test_a_first_use_without_gradient_does_not_cut_later_ones():
     with fastsn.step(net):
         with torch.no_grad():
             silent = net(x)
-        with torch.inference_mode():
-            net(x)
         loud = net(x)
         assert torch.equal(silent, loud)
         loud.sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_weight_made_in_inference_mode_is_not_served_to_training():
+    layer, x = fastsn.BSSNConv2d(2, 4, 3).requires_grad_(False), batch()
+    points = x.clone().requires_grad_()
+    with fastsn.step(layer), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.inference_mode():
+            layer(x)
+        layer(points).sum().backward()
+    assert points.grad.abs().sum() > 0
+
+
+def test_freezing_the_network_inside_a_step_serves_a_weight_without_a_graph():
+    net, x = network(), batch()
+    with fastsn.step(net):
+        net(x).sum().backward()
+        net.requires_grad_(False)
+        points = x.clone().requires_grad_()
+        net(points).sum().backward()
+    assert points.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_inside_a_step(reentrant):
+    net, x = network(), batch().requires_grad_()
+    twin = copy.deepcopy(net)
+    with fastsn.step(net):
+        checkpoint(net, x, use_reentrant=reentrant).square().sum().backward()
+    with fastsn.step(twin):
+        twin(x).square().sum().backward()
+    for a, b in zip([*net.parameters(), *net.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
+        assert torch.equal(a, b)
+        assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+
+
+def test_steps_that_end_out_of_order_leave_nothing_behind():
+    layer, x = fastsn.SNLinear(40, 30), torch.randn(1, 40)
+    first, second = fastsn.step(layer), fastsn.step(layer)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_steps_and_the_compiler(inside):
+    """The step inside the compiled function, and the compiled function inside the step."""
+    net = nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, scale=1.2), nn.Flatten(), fastsn.spectral_norm(nn.Linear(64, 2)))
+    twin, x = copy.deepcopy(net), batch()
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        if not inside:
+            return model(x) - model(-x)
+        with fastsn.step(model):
+            return model(x) - model(-x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        with fastsn.step(net) if not inside else nullcontext():
+            ours = compiled(net, x)
+        with fastsn.step(twin) if not inside else nullcontext():
+            expected = run(twin, x)
+        for output, model in ((ours, net), (expected, twin)):
+            output.square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(list(net.buffers()), list(twin.buffers()))
 
 
 def test_a_weight_that_changes_inside_the_block_is_normalised_anew():
@@ -165,6 +236,18 @@ def test_stacked_parametrizations_and_steps():
     assert moved(before, layer) == set()
 
 
+def test_measuring_moves_nothing_that_stands_before_the_norm():
+    layer = fastsn.SNConv2d(3, 4, 3)
+    parametrizations.spectral_norm(layer)
+    fastsn.spectral_norm(layer)
+    fastsn.spectral_norm(layer)
+    before = state(layer)
+    assert set(fastsn.sigmas(layer)) == {"1", "2", "spectral_norm"}
+    with fastsn.step(layer, advance=False):
+        pass
+    assert moved(before, layer) == set()
+
+
 def test_warm_up_brings_vectors_to_foreign_weights_in_any_mode():
     net = network().eval()
     for parameter in net.parameters():
@@ -211,7 +294,7 @@ def test_fold_gives_the_plain_layer_with_evaluations_output_bit_for_bit(case, pr
     if prefix == "drop-in":
         layer = fastsn.spectral_norm(case.build(), variant="bssn", scale=1.4)
     else:
-        scale = {"scale": 1.4, "scale_bias": True} if prefix == "BSSN" else {}
+        scale = {"scale": 1.4, "scale_bias": case.layer != "Embedding"} if prefix == "BSSN" else {}
         layer = case.build(prefix, **scale)
     x = case.input()
     layer(x)
@@ -238,6 +321,24 @@ def test_fold_of_a_network():
     torch.testing.assert_close(exported(x), expected)
 
 
+def test_fold_bakes_evaluation_in_wherever_it_is_called():
+    net, x = network(), batch()
+    expected = copy.deepcopy(net).eval()(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), fastsn.step(net, advance=False):
+        folded = fastsn.fold(net)
+    assert {p.dtype for p in folded.parameters()} == {torch.float32}
+    assert torch.equal(folded.eval()(x), expected)
+
+
+def test_fold_of_a_tensor_that_parametrizations_build_from_several():
+    layer = parametrizations.weight_norm(nn.Linear(4, 3))
+    fastsn.spectral_norm(layer)
+    x = torch.randn(2, 4)
+    expected = layer.eval()(x)
+    assert type(fastsn.fold(layer.train())) is nn.Linear
+    assert torch.equal(layer(x), expected)
+
+
 def test_fold_leaves_tied_raw_weights_alone():
     raw = nn.Linear(4, 4)
     tied = nn.Linear(4, 4)
@@ -252,9 +353,11 @@ def test_fold_leaves_tied_raw_weights_alone():
 
 
 def test_fold_keeps_frozen_weights_frozen_and_buffers_buffers():
-    layer = fastsn.SNLinear(3, 4)
-    layer.weight.requires_grad_(False)
-    assert not fastsn.fold(layer).weight.requires_grad
+    layer = fastsn.SSNLinear(3, 4, scale=2.0, scale_bias=True).requires_grad_(False)
+    expected = 2 * layer.bias
+    fastsn.fold(layer)
+    assert torch.equal(layer.bias, expected)
+    assert [p.requires_grad for p in layer.parameters()] == [False, False]
     module = nn.Module()
     module.register_buffer("kernel", torch.randn(3, 4))
     fastsn.fold(fastsn.spectral_norm(module, "kernel"))

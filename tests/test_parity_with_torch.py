@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -115,15 +116,16 @@ def test_buffers_move_in_place_and_only_in_training():
     layer = fastsn.spectral_norm(nn.Linear(30, 40))
     norm = layer.parametrizations.weight[0]
     before = {n: (b, b.data_ptr(), b.clone()) for n, b in norm.named_buffers()}
-    with torch.no_grad():
-        _ = layer.weight  # no_grad does not stop the iteration, nor does a frozen weight
-    layer.parametrizations.weight.original.requires_grad_(False)
-    _ = layer.weight
-    for name, (buffer, pointer, value) in before.items():
-        now = getattr(norm, name)
-        assert now is buffer
-        assert now.data_ptr() == pointer
-        assert not torch.equal(now, value)
+    for frozen in (False, True):  # neither no_grad nor a frozen weight stops the iteration
+        layer.parametrizations.weight.original.requires_grad_(not frozen)
+        with nullcontext() if frozen else torch.no_grad():
+            _ = layer.weight
+        for name, (buffer, pointer, value) in before.items():
+            now = getattr(norm, name)
+            assert now is buffer
+            assert now.data_ptr() == pointer
+            assert not torch.equal(now, value)
+            value.copy_(now)
     layer.eval()
     frozen = copy.deepcopy(norm.state_dict())
     outputs = [layer.weight for _ in range(3)]
@@ -142,6 +144,10 @@ def test_state_dicts_load_in_both_directions(kind):
     assert torch.equal(source(x), target(x))
     assert torch.equal(source.eval()(x), target.eval()(x))
     assert list(source.state_dict()) == list(target.state_dict())
+    half = {k: v.half() for k, v in source.state_dict().items()}
+    target.load_state_dict(half, assign=True)
+    assert target.parametrizations.weight[0]._u.dtype == (torch.float32 if names[1] == "fastsn" else torch.float16)
+    target.load_state_dict(source.state_dict(), assign=True)
     partial = {k: v for k, v in source.state_dict().items() if not k.endswith("_v")}
     assert target.load_state_dict(partial, strict=False).missing_keys == ["parametrizations.weight.0._v"]
 
@@ -177,6 +183,15 @@ def test_cached_serves_one_weight():
         assert layer.weight is first
         assert torch.equal(layer.parametrizations.weight[0]._u, u)
     assert layer.weight is not first
+
+
+def test_cached_across_autocast():
+    """The first read decides the dtype for all readers: it must be the parameter's."""
+    layer, x = fastsn.spectral_norm(nn.Linear(5, 4)), torch.randn(2, 5)
+    with parametrize.cached():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        assert layer(x).dtype == torch.float32
 
 
 def test_two_reads_are_two_uses():

@@ -72,6 +72,17 @@ def test_a_zero_weight_gives_zeros_and_a_finite_gradient_that_revives_it(variant
     assert float(layer.weight.detach().abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, 1.0, 60000.0])
+def test_one_dimensional_weights_in_half_precision(dtype, value):
+    layer = nn.Linear(3, 40).to(dtype)
+    layer.bias.data.fill_(value)
+    fastsn.spectral_norm(layer, "bias")
+    torch.testing.assert_close(
+        layer.bias.float(), torch.full((40,), 0.0 if value == 0 else 40**-0.5), rtol=4e-3, atol=0
+    )
+
+
 @pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6, 1e15])
 def test_weights_of_any_size_come_out_exact(size):
     """Scaling a weight scales sigma and nothing else: neither eps nor the range of float32 shows."""
