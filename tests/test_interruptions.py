@@ -7,12 +7,15 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from gan import checkpoint
+from gan import checkpoint, report
+from gan.run import Outputs
 from runs import arguments, rows, share_classifier, tiny
 
 LONG = {"steps": 60, "eval_every": 4, "checkpoint_every": 6, "n_dis": 2}
@@ -76,6 +79,30 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, class
     log = (run / "worker.log").read_text()
     assert f"{last} is damaged and ignored" in log
     assert f"continuing from {checkpoint.of_step(run / 'checkpoint', 8)}" in log
+
+
+def test_a_checkpoint_cut_anywhere_is_damaged(tmp_path, caplog):
+    net = torch.nn.Linear(100, 100)
+    checkpoint.save(checkpoint.of_step(tmp_path, 1), {"step": 1})
+    path = checkpoint.of_step(tmp_path, 2)
+    checkpoint.save(path, {"step": 2, "net": net.state_dict()})
+    whole = path.read_bytes()
+    assert checkpoint.newest(tmp_path)["step"] == 2
+    for length in range(0, len(whole), 331):
+        caplog.clear()
+        path.write_bytes(whole[:length])
+        assert checkpoint.newest(tmp_path) == {"step": 1}
+        assert f"{path} is damaged" in caplog.text
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_start_again_unasked(tmp_path, classifier_cache):
+    run = tiny(tmp_path, classifier_cache, "a")
+    expected = rows(run)
+    for path in (run / "checkpoint").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint must hold a whole checkpoint, got 2 damaged: delete them"):
+        tiny(tmp_path, classifier_cache, "a", resume=True)
+    assert rows(run) == expected
 
 
 def test_a_damaged_classifier_is_trained_again(tmp_path, classifier_cache):
@@ -173,6 +200,42 @@ def test_the_command_line_says_what_is_full_in_one_line(tmp_path, classifier_cac
     assert "step-00000004.pt: File too large" in last
     assert len(rows(tmp_path / "a")) == 1
     assert "stopped" in (tmp_path / "a" / "worker.log").read_text()
+
+
+def write_a_sample(outputs: Outputs) -> None:
+    outputs.sample(1, report.grid(torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8), 10))
+
+
+def write_a_scalar(outputs: Outputs) -> None:
+    outputs.scalars(1, {"x": 1.0})
+    outputs.flush()
+
+
+@pytest.mark.parametrize(
+    ("named", "write"),
+    [
+        ("metrics.csv", lambda outputs: outputs.metrics(1, 1.0, 1.0, 1.0, "x")),
+        ("time.txt", lambda outputs: outputs.time(1, "starts")),
+        ("sample/step-00000001.png", write_a_sample),
+        ("tensorboard", write_a_scalar),
+    ],
+)
+def test_every_output_that_does_not_fit_is_named(tmp_path, monkeypatch, named, write):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's writer thread speaks up itself, too
+    outputs = Outputs(tmp_path, 0, 0.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"cannot write {tmp_path}/{named}: File too large"):
+            write_until_full(outputs, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def write_until_full(outputs: Outputs, write: Callable[[Outputs], None]) -> None:
+    with outputs:
+        while True:
+            write(outputs)
 
 
 @pytest.mark.parametrize("kind", ["a file", "a system folder", "read-only"])

@@ -153,6 +153,13 @@ def test_networks_do_not_touch_the_global_random_state():
         assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("variant", ["ssn", "bsn", "bssn"])
+def test_every_variant_starts_from_the_same_weights(variant):
+    sn, other = (models.build(v, 1.0, 8, 1, 8, 0.05, seed=3) for v in ("sn", variant))
+    for a, b in zip(sn, other, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
 def test_hinge_losses():
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 1.0])
     assert float(losses.hinge_d(real, fake)) == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3)
@@ -247,7 +254,8 @@ def test_compare_makes_a_picture_and_a_table(finished, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("batch_size", 0), ("n_dis", -1), ("lr_g", 0.0), ("lr_d", float("nan")), ("scale", -1.0),
-     ("width", 0.0), ("beta1", 1.0), ("image_size", 12), ("eval_fakes", 10), ("name", ""), ("name", "../x")],
+     ("width", 0.0), ("beta1", 1.0), ("image_size", 12), ("eval_fakes", 10), ("name", ""), ("name", "../x"),
+     ("name", "/x"), ("name", "."), ("seed", -1), ("seed", 2**63)],
 )  # fmt: skip
 def test_configs_that_make_no_sense(field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*, got "):

@@ -30,6 +30,11 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, survives a crash of the machine
+        finally:
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -44,13 +49,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def try_load(path: Path) -> dict[str, Any] | None:
-    """What ``save`` wrote, on the CPU; None, with a warning that names the file, if it is damaged."""
+    """What ``save`` wrote, on the CPU; None, with a warning that names the file, if it is damaged.
+
+    Raises:
+        OSError: the file cannot be read at all.
+    """
+    data = io.BytesIO(path.read_bytes())
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
         return state
-    except OSError:
-        raise
-    except Exception as error:  # torch, zipfile and pickle each have their own errors for a damaged file
+    except Exception as error:  # torch, its zip reader and pickle each have their own errors for damaged data
         _log.warning("%s is damaged and ignored (%s)", path, [*str(error).splitlines(), type(error).__name__][0])
         return None
 
@@ -61,12 +69,19 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None. Damaged ones are named in the log and passed over."""
-    for path in sorted(_checkpoints(folder), reverse=True):
+    """The newest whole checkpoint, or None if there are none. Damaged ones are named in the log and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged: nobody wants the run to start again at step 0 unasked.
+    """
+    paths = sorted(_checkpoints(folder), reverse=True)
+    for path in paths:
         state = try_load(path)
         if state is not None:
             _log.info("continuing from %s", path)
             return state
+    if paths:
+        raise ValueError(f"{folder} must hold a whole checkpoint, got {len(paths)} damaged: delete them to start again")
     return None
 
 

@@ -72,7 +72,10 @@ class Config:
             _require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
         _require(self.image_size >= 8 and self.image_size % 8 == 0, "image_size", "a multiple of 8", self.image_size)
         _require(self.eval_fakes >= 100, "eval_fakes", "at least 100 (ten splits of ten)", self.eval_fakes)
-        _require(bool(self.name) and ".." not in Path(self.name).parts, "name", "a folder name below runs", self.name)
+        parts = Path(self.name).parts
+        below = bool(parts) and ".." not in parts and not Path(self.name).is_absolute()
+        _require(below, "name", "a folder name below runs", self.name)
+        _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
 
     @property
     def folder(self) -> Path:

@@ -144,16 +144,11 @@ def train(training: Training, evaluator: Evaluator, resume: bool) -> None:
     if training.step >= config.steps:
         _log.info("%s is complete at step %d", config.folder, training.step)
         return
+    bar = tqdm(total=config.steps, initial=training.step, unit="it", desc=config.name, mininterval=0.5)
     outputs = run.Outputs(config.folder, training.step, state["seconds"] if state else 0.0)
-    try:
-        with (
-            logging_redirect_tqdm(),
-            tqdm(total=config.steps, initial=training.step, unit="it", desc=config.name, mininterval=0.5) as bar,
-        ):
-            while training.step < config.steps:
-                _one_step(training, evaluator, outputs, bar)
-    finally:
-        outputs.close()
+    with logging_redirect_tqdm(), bar, outputs:
+        while training.step < config.steps:
+            _one_step(training, evaluator, outputs, bar)
 
 
 def _one_step(training: Training, evaluator: Evaluator, outputs: run.Outputs, bar: tqdm[Any]) -> None:
@@ -168,17 +163,16 @@ def _one_step(training: Training, evaluator: Evaluator, outputs: run.Outputs, ba
         return step % every == 0 or step == config.steps
 
     if due(config.log_every):
-        for tag, value in {**scalars, **training.slopes(), **training.sigmas()}.items():
-            outputs.board.add_scalar(tag, float(value), step)
+        outputs.scalars(step, {**scalars, **training.slopes(), **training.sigmas()})
         bar.set_postfix(loss_d=f"{float(scalars['loss/d']):.3f}", loss_g=f"{float(scalars['loss/g']):.3f}")
     if due(config.sample_every):
-        report.grid(training.samples(), _GRID).save(config.folder / "sample" / f"step-{step:08d}.png")
+        outputs.sample(step, report.grid(training.samples(), _GRID))
     if due(config.eval_every):
         scores = evaluator(training.generator, config.latent)
         outputs.metrics(step, *vars(scores).values(), evaluator.protocol)
         _log.info("step %d: FID %.3f, score %.3f ± %.3f (%s)", step, *vars(scores).values(), evaluator.protocol)
     if due(config.checkpoint_every):
-        outputs.board.flush()
+        outputs.flush()
         checkpoint.save(checkpoint.of_step(config.folder / "checkpoint", step), training.state(outputs.seconds))
         checkpoint.prune(config.folder / "checkpoint", config.keep_checkpoints)
     if timed:

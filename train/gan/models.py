@@ -27,7 +27,7 @@ class Generator(nn.Module):
     deconv 3x3 to the image; tanh. All weights N(0, 0.02), biases 0; BN momentum 0.1, eps 1e-5.
     """
 
-    def __init__(self, latent: int, channels: int, image_size: int, width: float) -> None:
+    def __init__(self, latent: int, channels: int, image_size: int, width: float, draw: torch.Generator) -> None:
         super().__init__()
         a, b, c, d = _widths(width)
         self.start = (d, image_size // 8, image_size // 8)
@@ -40,7 +40,7 @@ class Generator(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.ConvTranspose2d):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02, generator=draw)
                 nn.init.zeros_(module.bias)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -58,7 +58,9 @@ class Discriminator(nn.Module):
     then a linear layer, all normalised. Convolutions truncated normal 0.02, linear N(0, 0.02), biases 0.
     """
 
-    def __init__(self, variant: str, scale: float, channels: int, image_size: int, width: float) -> None:
+    def __init__(
+        self, variant: str, scale: float, channels: int, image_size: int, width: float, draw: torch.Generator
+    ) -> None:
         super().__init__()
         conv, linear = _LAYERS[variant]
         a, b, c, d = _widths(width)
@@ -70,9 +72,9 @@ class Discriminator(nn.Module):
         self.linear = linear(d * (image_size // 8) ** 2, 1, scale=scale)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04, generator=draw)
             elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02, generator=draw)
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.zeros_(module.bias)
         fastsn.warm_up(self)  # u and v were drawn for the weights before this
@@ -84,9 +86,12 @@ class Discriminator(nn.Module):
 def build(
     variant: str, scale: float, latent: int, channels: int, image_size: int, width: float, seed: int
 ) -> tuple[Generator, Discriminator]:
-    """Both networks on the CPU, drawn from ``seed`` without touching the global random state."""
+    """Both networks on the CPU, drawn from ``seed`` without touching the global random state.
+
+    The weights have a generator of their own, so that every variant starts from the same ones.
+    """
+    draw = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Generator(latent, channels, image_size, width), Discriminator(
-            variant, scale, channels, image_size, width
-        )
+        torch.manual_seed(seed)  # the first u and v
+        generator = Generator(latent, channels, image_size, width, draw)
+        return generator, Discriminator(variant, scale, channels, image_size, width, draw)

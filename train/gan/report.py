@@ -26,12 +26,15 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def read_metrics(run: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv. Raises FileNotFoundError that says what a run folder is."""
+    """The rows of metrics.csv. Raises FileNotFoundError or ValueError for a folder without any."""
     path = run / "metrics.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{run} must be the folder of a run with a metrics.csv, found none")
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{run} must have been evaluated at least once, found no row in metrics.csv")
+    return rows
 
 
 def read_scalars(run: Path, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
@@ -64,7 +67,9 @@ def compare(runs: list[Path], out: Path, fid_name: str, score_name: str) -> None
     figure = plt.figure(figsize=(4.6 * max(2, len(runs)), 13), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1.25, 0.8, 1))
     for axis, run in zip(top.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
-        last = max((run / "sample").glob("step-*.png"))
+        last = max((run / "sample").glob("step-*.png"), default=None)
+        if last is None:
+            raise FileNotFoundError(f"{run} must hold samples, found no picture in its folder sample")
         with Image.open(last) as picture:
             axis.imshow(picture, cmap="gray", interpolation="nearest")
         axis.set_title(f"{title(run)}\nsamples at step {int(last.stem.split('-')[1]):,}")

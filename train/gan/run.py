@@ -11,10 +11,11 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import fastsn
@@ -80,7 +81,7 @@ class Outputs:
         self._started, self._before = time.perf_counter(), seconds
         self._drop_rows_after(step)
         (folder / "sample").mkdir(exist_ok=True)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     @property
     def seconds(self) -> float:
@@ -101,23 +102,61 @@ class Outputs:
     def metrics(self, step: int, fid: float, mean: float, std: float, protocol: str) -> None:
         """One row of metrics.csv."""
         numbers = ",".join(f"{x:.12f}" for x in (fid, mean, std))
-        with open(self.folder / "metrics.csv", "a") as file:
-            file.write(f"{step},{numbers},{self.seconds:.3f},{protocol}\n")
+        self._append("metrics.csv", f"{step},{numbers},{self.seconds:.3f},{protocol}\n")
 
     def time(self, step: int, what: str) -> None:
         """One line of time.txt, as in the BSN repo."""
-        with open(self.folder / "time.txt", "a") as file:
-            file.write(f"iter {step} {what}: {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        self._append("time.txt", f"iter {step} {what}: {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
 
-    def close(self) -> None:
-        """Flush the TensorBoard events."""
-        self.board.close()
+    def sample(self, step: int, picture: Image.Image) -> None:
+        """One picture in sample/."""
+        data = io.BytesIO()
+        picture.save(data, "png")
+        atomic_write(self.folder / "sample" / f"step-{step:08d}.png", data.getbuffer())
+
+    def scalars(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
+        """TensorBoard points."""
+        with _naming(self.folder / "tensorboard"):
+            for tag, value in values.items():
+                self._board.add_scalar(tag, float(value), step)
+
+    def flush(self) -> None:
+        """Make the TensorBoard points durable; the other files are after every call."""
+        with _naming(self.folder / "tensorboard"):
+            self._board.flush()
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(OSError) if kind else _naming(self.folder / "tensorboard"):
+            self._board.close()
+
+    def _append(self, name: str, line: str) -> None:
+        with _naming(self.folder / name), open(self.folder / name, "a") as file:
+            file.write(line)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+        """A line that cannot be written stops the run, as any other lost output does."""
+        error = sys.exc_info()[1]
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"cannot write {self.baseFilename}: {reason}") from error
 
 
 @contextlib.contextmanager
 def log_to(folder: Path) -> Iterator[None]:
     """Send the log, warnings included, to worker.log as well as to stderr, and an error's traceback to worker.log."""
-    handler = logging.FileHandler(folder / "worker.log")
+    handler = _LogFile(folder / "worker.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     crash = logging.getLogger("gan.crash")
     crash.propagate = False
@@ -130,7 +169,8 @@ def log_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        crash.exception("stopped")
+        with contextlib.suppress(OSError):  # a full disk has already been said
+            crash.exception("stopped")
         raise
     finally:
         for logger in loggers:
