@@ -36,16 +36,14 @@ def reduced(raw: dict[str, Any]) -> dict[str, Any]:
 
 def table(result: dict[str, Any], name: str) -> str:
     """A result file as Markdown."""
-    machine, first = result["machine"], result["results"][0]
-    lines = [
-        "| contestant | median ms | x torch SN | x floor |",
-        "|---|---|---|---|",
-        *(
-            f"| {r['contestant']} | {r['interleaved_median_ms']:.1f} | {r['times_torch_SN']:.1f} | {r['times_floor']:.0f} |"
-            for r in result["results"]
-        ),
+    machine, weights = result["machine"], result["results"][0]["weights_MB"]
+    lines = ["| contestant | median ms | x torch SN | x floor |", "|---|---|---|---|"]
+    for r in result["results"]:
+        numbers = f"{r['interleaved_median_ms']:.1f} | {r['times_torch_SN']:.1f} | {r['times_floor']:.0f}"
+        lines.append(f"| {r['contestant']} | {numbers} |")
+    lines += [
         "",
-        f"Forward + backward of the normalisation alone, {first['weights_MB']:.1f} MB of weights; {machine['cpu']}, "
+        f"Forward + backward of the normalisation alone, {weights:.1f} MB of weights; {machine['cpu']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, commit {result['commit']}, {result['date']} (`{name}`).",
     ]
     return "\n".join(lines)
