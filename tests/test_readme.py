@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +14,11 @@ from torch import nn
 
 import fastsn
 
-README = (Path(fastsn.__file__).parent.parent / "README.md").read_text()
+ROOT = Path(fastsn.__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench" / "report.py")
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
 EXAMPLE, EQUIVALENT, MODEL = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -41,3 +47,15 @@ def test_the_calls_on_a_model_run():
         layer = copy.deepcopy(layers.pop()) if "spectral_norm(" in line else None
         exec(line, {"fastsn": fastsn, "model": model, "layer": layer})
     assert type(model[0]) is nn.Linear
+
+
+def test_the_table_of_figures_is_the_result_files():
+    path = ROOT / re.search(r"\(`(bench/results/.*?\.json)`\)", README)[1]
+    text = report.table(json.loads(path.read_text()), path.relative_to(ROOT).as_posix())
+    assert report.with_table(README, text) == README
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)(.*?)\)", README)
+    assert len(links) >= 5
+    assert all((ROOT / link).is_file() for link in links)
