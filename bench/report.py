@@ -43,8 +43,9 @@ def table(result: dict[str, Any], name: str) -> str:
         lines.append(f"| {r['contestant']} | {numbers} |")
     lines += [
         "",
-        f"Forward + backward of the normalisation alone, {weights:.1f} MB of weights; {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, commit {result['commit']}, {result['date']} (`{name}`).",
+        f"Forward + backward of the normalisation alone, {weights:.1f} MB of weights.",
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; commit {result['commit']}, "
+        f"{result['date']} (`{name}`).",
     ]
     return "\n".join(lines)
 
