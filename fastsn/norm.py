@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +16,11 @@ from torch.nn.utils import parametrize
 
 from fastsn import checks, reference, variants, views
 from fastsn.reference import Sigmas, Vectors
+from fastsn.serving import Hold
 
 WARM_UP_ITERATIONS = 15  # what torch spends at construction
 
 _BUFFERS = {"out": ("_u", "_v"), "in": ("_u_in", "_v_in")}
-
-
-class _Served(NamedTuple):
-    """A normalised weight made inside a step, and what it was made from."""
-
-    source: Tensor
-    versions: tuple[int, ...]
-    value: Tensor
-
-
-class _Hold:
-    """What a step serves: vectors fixed at its start, and the weights made of them so far."""
-
-    def __init__(self, vectors: Vectors) -> None:
-        self.vectors = vectors
-        self.made: dict[torch.dtype, _Served] = {}
 
 
 class SpectralNorm(nn.Module):
@@ -67,7 +52,7 @@ class SpectralNorm(nn.Module):
     """
 
     scale: float | Tensor
-    _holds: list[_Hold]
+    _holds: list[Hold]
 
     def __init__(
         self,
@@ -115,7 +100,9 @@ class SpectralNorm(nn.Module):
             return self.scaled(unit).to(weight.dtype)
         checks.weight(weight, "weight")
         if self._holds:
-            return self._serve(weight, self._holds[-1])
+            hold = self._holds[-1]
+            inputs = (weight, self.scale) if isinstance(self.scale, Tensor) else (weight,)
+            return hold.serve(inputs, self._out_dtype(weight), lambda: self.rescale(weight, hold.vectors))
         vectors = self.iterate(weight)
         if self.training:
             self.store(vectors)
@@ -180,27 +167,9 @@ class SpectralNorm(nn.Module):
     def hold(self, vectors: Vectors) -> Callable[[], None]:
         """Serve every later call from ``vectors`` without iterating, until the returned function is called. The newest
         hold counts; holds may end in any order."""
-        hold = _Hold(vectors)
+        hold = Hold(vectors)
         self._holds.append(hold)
         return lambda: self._holds.remove(hold)
-
-    def _serve(self, weight: Tensor, hold: _Hold) -> Tensor:
-        if torch.compiler.is_compiling():  # a graph cannot ask whether a weight has changed: make it anew, fused
-            return self.rescale(weight, hold.vectors)
-        dtype = self._out_dtype(weight)
-        inputs = (weight, self.scale) if isinstance(self.scale, Tensor) else (weight,)
-        versions = tuple(0 if t.is_inference() else t._version for t in inputs)
-        wants_graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        served = hold.made.get(dtype)
-        if (
-            served is None
-            or served.source is not weight
-            or served.versions != versions
-            or (torch.is_grad_enabled() and wants_graph != served.value.requires_grad)
-            or (served.value.is_inference() and not torch.is_inference_mode_enabled())
-        ):
-            served = hold.made[dtype] = _Served(weight, versions, self.rescale(weight, hold.vectors))
-        return served.value
 
     def _oik(self, weight: Tensor) -> Tensor:
         return views.as_oik(weight, self.dim)
