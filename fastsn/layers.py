@@ -68,7 +68,10 @@ class Normalised(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "variant" not in cls.__dict__:
+        if "variant" not in cls.__dict__:  # a user's subclass: its own __init__ has its own signature
+            if "__init__" in cls.__dict__:
+                own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+                cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
             return
         row = variants.VARIANTS[cls.variant]
         cls.plain = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))

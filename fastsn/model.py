@@ -45,17 +45,21 @@ class _Site:
         return checks.weight(weight, self.name or type(self.owner).__name__)
 
 
-def _evaluated(chain: Any, count: int | None = None) -> Tensor:
-    """The tensor after the first ``count`` parametrizations (default: all), each in evaluation mode."""
+def _evaluated(chain: Any, count: int | None = None, held: bool = True) -> Tensor:
+    """The tensor after the first ``count`` parametrizations (default: all), each in evaluation mode; ``held`` takes
+    the vectors of a step in force."""
     names = ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
     values = [getattr(chain, name) for name in names]
     for part in list(chain)[:count]:
         if isinstance(part, SpectralNorm):
-            values = [part.evaluate(*values)]
-        else:
-            training = part.training
+            values = [part.peek(*values) if held else part.evaluate(*values)]
+            continue
+        modes = [(module, module.training) for module in part.modules()]
+        try:
             values = [part.eval()(*values)]
-            part.train(training)
+        finally:
+            for module, training in modes:
+                module.training = training
     (value,) = values
     return value  # type: ignore[no-any-return]
 
@@ -90,9 +94,9 @@ def sigmas(model: nn.Module) -> dict[str, Sigmas]:
     Returns:
         {layer name: (sigma, sigma_out, sigma_in)}: sigma is what the weight is divided by; sigma_out is the norm of
         the cout x (cin·k·k) reshape, sigma_in of the cin x (cout·k·k) reshape. sigma_in is ``None`` for "sn" and "ssn"
-        of a kernel with several positions, which never measure it. Tensors other than ``weight`` are named
-        ``layer.tensor``, several norms on one tensor ``layer.0``, ``layer.1``. A model without fastsn layers gives an
-        empty dict.
+        of a kernel with several positions, which never measure it, and for a 1-D weight. Tensors other than ``weight``
+        are named ``layer.tensor``, several norms on one tensor ``layer.0``, ``layer.1``. A model without fastsn layers
+        gives an empty dict.
 
     Reads the device once for all layers. Raises ValueError for weights on the meta device.
     """
@@ -117,14 +121,16 @@ def _measure(site: _Site) -> Tensor:
     return torch.stack([torch.real(sigma) for sigma in site.norm.measure(weight).values()])
 
 
-def _checked_sites(model: nn.Module) -> list[_Site]:
-    """All sites, once every weight is known to have values: nothing moves if one has none."""
+def _checked_sites(model: nn.Module, vectors_too: bool = True) -> list[_Site]:
+    """All sites, once every weight (and vector) is known to have values: nothing moves if one has none."""
     sites = _sites(model)
     for site in sites:
         if site.weight().is_meta:
             raise ValueError(
                 f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first"
             )
+        if vectors_too and any(u.is_meta or v.is_meta for u, v in site.norm.vectors().values()):
+            raise ValueError(f"u and v of {site.name!r} must have values, got meta tensors: call fastsn.warm_up first")
     return sites
 
 
@@ -143,7 +149,7 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
         ValueError: ``iterations`` < 1, or a weight on the meta device.
     """
     checks.count(iterations, "iterations")
-    for site in _checked_sites(model):
+    for site in _checked_sites(model, vectors_too=False):
         site.norm.warm_up(site.weight(), iterations)
     return model
 
@@ -163,7 +169,8 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
     them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
     anew with the block's vectors (a change through ``.data`` is not seen). All uses share one graph, so call
-    ``backward`` once (or keep the graph); inside the block if activation checkpointing recomputes the forward.
+    ``backward`` once (or keep the graph). With activation checkpointing, enter autocast before the step and call
+    ``backward`` inside the block: W̄ must not be made in a region that is recomputed.
 
     Raises:
         ValueError: a weight on the meta device. No vector has moved.
@@ -224,9 +231,11 @@ def _fold_layer(layer: Normalised) -> None:
 
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
     chain = _parametrizations(module)[tensor]
-    value = _evaluated(chain).clone()
+    value, originals = _evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
     # The original comes back where there is one, so that weights tied to it keep their values.
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)
-    if tensor in module._parameters:
-        value = nn.Parameter(value, requires_grad=getattr(module, tensor).requires_grad)
-    setattr(module, tensor, value)
+    delattr(module, tensor)
+    if originals:
+        module.register_parameter(tensor, nn.Parameter(value, any(p.requires_grad for p in originals)))
+    else:
+        module.register_buffer(tensor, value)

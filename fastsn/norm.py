@@ -101,8 +101,7 @@ class SpectralNorm(nn.Module):
         checks.weight(weight, "weight")
         if self._holds:
             hold = self._holds[-1]
-            inputs = (weight, self.scale) if isinstance(self.scale, Tensor) else (weight,)
-            return hold.serve(inputs, self._out_dtype(weight), lambda: self.rescale(weight, hold.vectors))
+            return hold.serve((weight, self.scale), self._out_dtype(weight), lambda: self.rescale(weight, hold.vectors))
         vectors = self.iterate(weight)
         if self.training:
             self.store(vectors)
@@ -154,12 +153,19 @@ class SpectralNorm(nn.Module):
         with _no_autocast(weight):
             return self(weight) if weight.ndim == 1 else self.rescale(weight, self.iterate(weight, 0))
 
+    def peek(self, weight: Tensor) -> Tensor:
+        """``evaluate``, but by the vectors of a step in force."""
+        return self(weight) if self._holds else self.evaluate(weight)
+
     @torch.no_grad()
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS) -> None:
-        """Bring u and v to a weight they do not belong to yet: redraw unusable ones (non-finite, far from length 1, as
-        ``to_empty`` leaves them), then iterate and store, whatever the mode."""
-        for vector in (vector for pair in self.vectors().values() for vector in pair):
-            if not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
+        """Bring u and v to a weight they do not belong to yet: redraw unusable ones (on meta, non-finite, far from
+        length 1, as ``to_empty`` leaves them), then iterate and store, whatever the mode."""
+        for name in (name for view in self.views for name in _BUFFERS[view]):
+            vector = getattr(self, name)
+            if vector.is_meta:
+                setattr(self, name, self._draw(torch.empty_like(vector, device=weight.device)))
+            elif not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
                 vector.copy_(self._draw(vector))
         if weight.ndim > 1:
             self.store(self.iterate(weight, iterations))

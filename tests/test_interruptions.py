@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from gan import checkpoint, report
-from gan.run import Outputs
+from gan.run import Outputs, log_to
 from runs import arguments, rows, share_classifier, tiny
 
 LONG = {"steps": 60, "eval_every": 4, "checkpoint_every": 6, "n_dis": 2}
@@ -153,6 +154,31 @@ def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path, classif
     with pytest.raises(ValueError, match="holds something else"):
         tiny(tmp_path, classifier_cache, "a", resume=resume)
     assert contents(tmp_path / "a") == {"thesis.tex": b"x"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"config": 1}'])
+def test_a_config_json_that_is_no_runs_is_refused_and_untouched(tmp_path, classifier_cache, text):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"name must be free or hold a run, got .*/a, whose config.json is no run's"):
+        tiny(tmp_path, classifier_cache, "a", resume=True)
+    assert contents(tmp_path / "a") == {"config.json": text.encode()}
+
+
+def test_a_log_that_does_not_fit_is_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"cannot write {tmp_path}/worker.log: File too large"), log_to(tmp_path):
+            log_until_full()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    logging.getLogger("gan").info("the next run's log is not this one's")
+
+
+def log_until_full() -> None:
+    while True:
+        logging.getLogger("gan").info("x" * 100)
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 2000}, {"scale": 2.0}, {"device": "cuda"}])

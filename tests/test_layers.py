@@ -58,6 +58,15 @@ def test_signature_and_docstring_are_torchs_and_ours(name):
     assert "Miyato" in layer.__doc__ or "Lin et al." in layer.__doc__
 
 
+def test_a_users_subclass_shows_its_own_signature():
+    class Mine(fastsn.SNLinear):
+        def __init__(self, width: int) -> None:
+            super().__init__(width, width)
+
+    assert list(inspect.signature(Mine).parameters) == ["width"]
+    assert Mine(3)(torch.randn(2, 3)).shape == (2, 3)
+
+
 def test_arguments_of_the_torch_layer_are_passed_on():
     x = torch.randn(2, 4, 9, 9)
     conv = fastsn.SNConv2d(4, 6, 3, 2, padding=2, dilation=2, groups=2, bias=False, padding_mode="reflect")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from shapes import TABLE
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastsn
@@ -194,6 +194,35 @@ def test_a_weight_that_changes_inside_the_block_is_normalised_anew():
         assert torch.equal(layer.spectral_norm._u, u)
 
 
+@pytest.mark.parametrize("learnable", [True, False])
+def test_a_scale_that_is_replaced_inside_the_block_counts(learnable):
+    layer, x = (
+        fastsn.SSNLinear(4, 5, scale=nn.Parameter(torch.tensor(1.0)) if learnable else 1.0, bias=False),
+        torch.ones(1, 4),
+    )
+    other = torch.tensor(3.0, requires_grad=True)
+    with fastsn.step(layer):
+        before = layer(x)
+        if learnable:
+            after = torch.func.functional_call(layer, {"spectral_norm.scale": other}, (x,))
+            (gradient,) = torch.autograd.grad(after.sum(), other)
+            torch.testing.assert_close(gradient, before.sum())
+        else:
+            layer.spectral_norm.scale = 3.0
+            after = layer(x)
+    torch.testing.assert_close(after, 3 * before)
+
+
+def test_a_norm_on_a_norm_is_measured_through_the_vectors_of_the_step():
+    layer = fastsn.spectral_norm(fastsn.spectral_norm(nn.Linear(6, 5)))
+    nn.init.normal_(layer.parametrizations.weight.original)
+    twin = copy.deepcopy(layer)
+    with fastsn.step(layer, advance=False):
+        unstored = layer.weight
+    with fastsn.step(twin):
+        torch.testing.assert_close(unstored, twin.weight)
+
+
 def test_autocast_inside_a_step():
     layer = fastsn.BSSNConv2d(2, 4, 3)
     with fastsn.step(layer):
@@ -260,6 +289,44 @@ def test_warm_up_brings_vectors_to_foreign_weights_in_any_mode():
             assert sigma == pytest.approx(float(true), rel=1e-5)
     plain = fastsn.fold(net)
     assert float(torch.linalg.matrix_norm(plain[4].weight.detach(), 2)) == pytest.approx(1, rel=1e-5)
+
+
+def test_warm_up_draws_vectors_that_are_still_on_meta():
+    with torch.device("meta"):
+        layer = fastsn.BSSNConv2d(4, 6, 3)
+    layer.load_state_dict(nn.Conv2d(4, 6, 3).state_dict(), strict=False, assign=True)
+    for function in (fastsn.sigmas, fastsn.fold):
+        with pytest.raises(
+            ValueError, match=r"u and v of '' must have values, got meta tensors: call fastsn.warm_up first"
+        ):
+            function(layer)
+    fastsn.warm_up(layer, 500)
+    top = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
+    assert fastsn.sigmas(layer)[""].sigma_out == pytest.approx(float(top), rel=1e-4)
+
+
+def test_measuring_leaves_the_modes_of_other_parametrizations_alone():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, weight: Tensor) -> Tensor:
+            if weight.isnan().any():
+                raise ArithmeticError
+            return self.drop(weight)
+
+    layer = nn.Linear(4, 4)
+    noisy = Noisy()
+    parametrize.register_parametrization(layer, "weight", noisy)
+    noisy.drop.eval()
+    fastsn.spectral_norm(layer)
+    fastsn.sigmas(layer)
+    assert (noisy.training, noisy.drop.training) == (True, False)
+    layer.parametrizations.weight.original.data.fill_(torch.nan)
+    with pytest.raises(ArithmeticError):
+        fastsn.sigmas(layer)
+    assert (noisy.training, noisy.drop.training) == (True, False)
 
 
 def test_warm_up_renews_averaged_vectors():
@@ -336,6 +403,8 @@ def test_fold_of_a_tensor_that_parametrizations_build_from_several():
     x = torch.randn(2, 4)
     expected = layer.eval()(x)
     assert type(fastsn.fold(layer.train())) is nn.Linear
+    assert sorted(name for name, _ in layer.named_parameters()) == ["bias", "weight"]
+    assert layer.weight.requires_grad
     assert torch.equal(layer(x), expected)
 
 

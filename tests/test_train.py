@@ -253,7 +253,7 @@ def test_compare_makes_a_picture_and_a_table(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("batch_size", 0), ("n_dis", -1), ("lr_g", 0.0), ("lr_d", float("nan")), ("scale", -1.0),
+    [("steps", 0), ("batch_size", 1), ("n_dis", -1), ("lr_g", 0.0), ("lr_d", float("nan")), ("scale", -1.0),
      ("width", 0.0), ("beta1", 1.0), ("image_size", 12), ("eval_fakes", 10), ("name", ""), ("name", "../x"),
      ("name", "/x"), ("name", "."), ("seed", -1), ("seed", 2**63)],
 )  # fmt: skip

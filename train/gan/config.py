@@ -61,7 +61,8 @@ class Config:
     """Parent of all run folders."""
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "n_dis", "latent", "eval_every", "sample_every", "log_every"):
+        _require(self.batch_size >= 2, "batch_size", "at least 2 (batch norm)", self.batch_size)
+        for field in ("steps", "n_dis", "latent", "eval_every", "sample_every", "log_every"):
             _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
         for field in ("checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))

@@ -35,7 +35,7 @@ def claim(config: Config, resume: bool, device: torch.device) -> None:
     """
     folder, file = config.folder, config.folder / "config.json"
     if file.is_file():
-        held = json.loads(file.read_text())["config"]
+        held = _held_config(file)
         changed = {k: (held.get(k), v) for k, v in config.as_json().items() if held.get(k) != v}
         changed |= {k: (v, None) for k, v in held.items() if k not in config.as_json()}
         if changed:
@@ -48,6 +48,16 @@ def claim(config: Config, resume: bool, device: torch.device) -> None:
         raise ValueError(f"name must be free or hold a run, got {folder}, which holds something else")
     text = json.dumps({"config": config.as_json(), "environment": _environment(device)}, indent=2) + "\n"
     atomic_write(file, text.encode())
+
+
+def _held_config(file: Path) -> dict[str, object]:
+    try:
+        held = json.loads(file.read_text())["config"]
+        return dict(held)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"name must be free or hold a run, got {file.parent}, whose config.json is no run's"
+        ) from error
 
 
 def _cpu() -> str:
@@ -165,15 +175,16 @@ def log_to(folder: Path) -> Iterator[None]:
     for logger in loggers:
         logger.addHandler(handler)
     _log.setLevel(logging.INFO)
-    _log.info("command: %s", " ".join(sys.argv))
     try:
+        _log.info("command: %s", " ".join(sys.argv))
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk has already been said
             crash.exception("stopped")
         raise
     finally:
+        logging.captureWarnings(False)
         for logger in loggers:
             logger.removeHandler(handler)
-        handler.close()
-        logging.captureWarnings(False)
+        with contextlib.suppress(OSError):  # what could not be written has been said by handleError
+            handler.close()
