@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from shapes import TABLE, Case
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastsn
 from fastsn import reference, views
+from shapes import TABLE, Case
 
 SMALL = [
     Case("Linear", (3, 4), "a matrix"),

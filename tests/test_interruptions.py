@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gan import checkpoint, report
 from gan.run import Outputs, log_to
-from runs import arguments, rows, share_classifier, tiny
+from tiny_runs import arguments, rows, share_classifier, tiny
 
 LONG = {"steps": 60, "eval_every": 4, "checkpoint_every": 6, "n_dis": 2}
 

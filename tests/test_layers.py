@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
-from shapes import TABLE
 from torch import nn
 from torch.nn.utils import parametrize
 
 import fastsn
+from shapes import TABLE
 
 PREFIXES = ("SN", "SSN", "BSN", "BSSN")
 ALL = [f"{p}{layer}" for p in PREFIXES for layer in dict.fromkeys(c.layer for c in TABLE)]

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from shapes import TABLE
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastsn
+from shapes import TABLE
 
 
 def network() -> nn.Sequential:

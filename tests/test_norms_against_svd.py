@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from shapes import TABLE, Case, drawn, laid_out, truth
 from torch import Tensor, nn
 
 import fastsn
 from fastsn import reference, views
+from shapes import TABLE, Case, drawn, laid_out, truth
 
 ITERATIONS = 300
 

@@ -9,12 +9,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import TABLE, laid_out
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize
 
 import fastsn
+from shapes import TABLE, laid_out
 
 WRAPPERS = {"torch": parametrizations.spectral_norm, "fastsn": fastsn.spectral_norm}
 

@@ -6,15 +6,15 @@ import csv
 import json
 from pathlib import Path
 
-import digits
 import pytest
 import torch
-from gan import config, data, evaluate, loop, losses, models, report
 from PIL import Image
-from runs import TINY, rows, tiny
 from torch import Tensor, nn
 
+import digits
 import fastsn
+from gan import config, data, evaluate, loop, losses, models, report
+from tiny_runs import TINY, rows, tiny
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import TABLE, laid_out
 
 from fastsn import views
+from shapes import TABLE, laid_out
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
