@@ -142,6 +142,14 @@ class SpectralNorm(nn.Module):
         with _no_autocast(weight):
             return reference.sigmas([self._oik(weight)], [self.vectors() if vectors is None else vectors])[0]
 
+    def measure_untracked(self, weight: Tensor, view: str, iterations: int = 30) -> Tensor:
+        """sigma of a view without stored vectors, iterated from a start that is always the same: a lower bound."""
+        oik, draw = self._oik(weight), torch.Generator().manual_seed(0)
+        start = [torch.randn(n, generator=draw).to(oik.device) for n in views.vector_sizes(oik, view)]
+        vectors: list[Vectors] = [{view: (start[0], start[1])}]
+        with _no_autocast(weight):
+            return reference.sigmas([oik], reference.power_iteration([oik], vectors, iterations))[0][view]
+
     def rescale(self, weight: Tensor, vectors: Vectors) -> Tensor:
         """scale * weight / mean(sigma) for the given vectors."""
         sigmas, dtype = self.measure(weight, vectors), self._out_dtype(weight)

@@ -347,12 +347,19 @@ def test_sigmas_names_and_contents():
     assert moved(before, net) == set()
     for name in ("1.0", "1.3"):
         assert found[name].sigma == pytest.approx((found[name].sigma_out + found[name].sigma_in) / 2, rel=1e-6)
-    assert found["2"].sigma_in is None  # sn of a kernel never measures it
+    assert found["2"].sigma == found["2"].sigma_out
+    weight = net[2].parametrizations.weight.original.detach()
+    untracked = float(torch.linalg.matrix_norm(weight.flatten(1), 2))  # stored (cin, cout, k, k)
+    assert found["2"].sigma_in == pytest.approx(untracked, rel=1e-3)
+    assert found["2"].sigma_in <= untracked * (1 + 1e-6)
     assert found["4"].sigma_in == found["4"].sigma_out == found["4"].sigma  # a matrix has one norm
     assert fastsn.sigmas(nn.Linear(2, 2)) == {}
     bias = fastsn.spectral_norm(nn.Linear(3, 4), "bias")
     original = bias.parametrizations.bias.original.detach()
-    assert fastsn.sigmas(bias)["bias"].sigma == pytest.approx(float(original.norm()))
+    assert fastsn.sigmas(bias)["bias"] == pytest.approx([float(original.norm())] * 3)
+    state_of_chance = torch.get_rng_state()
+    assert fastsn.sigmas(net) == found
+    assert torch.equal(torch.get_rng_state(), state_of_chance)
 
 
 @pytest.mark.parametrize("prefix", ["SN", "BSSN", "drop-in"])

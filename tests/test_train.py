@@ -120,6 +120,14 @@ def test_slopes_are_gradient_norms_and_leave_the_vectors_alone():
     )
 
 
+@pytest.mark.parametrize("variant", ["sn", "ssn", "bsn", "bssn"])
+def test_every_variant_logs_three_sigmas_of_every_layer(variant):
+    training = loop.Training(digits.Digits("x", **{**TINY, "variant": variant}), data.digits(8), CPU)
+    found = training.sigmas()
+    assert len(found) == 8 * 3
+    assert all(0 < sigma < 10 for sigma in found.values())
+
+
 CPU = torch.device("cpu")
 
 

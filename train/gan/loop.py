@@ -123,7 +123,7 @@ class Training:
         """sigma, sigma_out and sigma_in of every layer, as TensorBoard tags."""
         found = {}
         for layer, values in fastsn.sigmas(self.discriminator).items():
-            found |= {f"{kind}/{layer}": x for kind, x in values._asdict().items() if x is not None}
+            found |= {f"{kind}/{layer}": x for kind, x in values._asdict().items()}
         return found
 
     @torch.no_grad()
