@@ -1,0 +1,240 @@
+"""One normalisation for all uses in a block."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import fastsn
+from networks import batch, moved, network, state
+
+
+def test_a_step_iterates_once_and_serves_the_same_weight_to_every_use():
+    net, x = network(), batch()
+    once = copy.deepcopy(net)
+    layer = net[1][0]
+    with fastsn.step(net):
+        first, second = layer.normalised()[0], layer.normalised()[0]
+        assert first is second
+        outputs = [net(x), net(x)]
+        assert torch.equal(*outputs)
+    with fastsn.step(once):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), once.buffers(), strict=True))
+    assert layer.normalised()[0] is not layer.normalised()[0]  # outside, every use is its own
+
+
+def test_a_step_is_one_forward_of_each_layer_used_once():
+    net = nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, scale=1.3), nn.Flatten(), fastsn.SNLinear(4 * 4 * 4, 2))
+    twin, x = copy.deepcopy(net), batch()
+    with fastsn.step(net):
+        inside = net(x)
+    assert torch.equal(inside, twin(x))
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), twin.buffers(), strict=True))
+
+
+def test_without_advance_the_iterated_vectors_are_used_and_not_stored():
+    net, x = network(), batch()
+    before, twin = state(net), copy.deepcopy(net)
+    with fastsn.step(net, advance=False):
+        inside = net(x)
+    assert moved(before, net) == set()
+    with fastsn.step(twin):
+        assert torch.equal(inside, twin(x))
+    assert moved(before, twin) == set(before)
+
+
+def test_in_evaluation_a_step_moves_nothing():
+    net, x = network().eval(), batch()
+    before, expected = state(net), net(x)
+    with fastsn.step(net):
+        assert torch.equal(net(x), expected)
+    assert moved(before, net) == set()
+
+
+def test_one_backward_through_all_uses_sums_their_gradients():
+    net, x, y = network(), batch(), batch()
+    twin = copy.deepcopy(net)
+    with fastsn.step(net):
+        (net(x).sum() - net(y).square().sum()).backward()
+    with fastsn.step(twin):
+        loss = twin(x).sum()
+        loss = loss - twin(y).square().sum()
+    loss.backward()
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+        assert a.grad.abs().sum() > 0
+
+
+def test_a_first_use_without_gradient_does_not_cut_later_ones():
+    net, x = network(), batch()
+    with fastsn.step(net):
+        with torch.no_grad():
+            silent = net(x)
+        loud = net(x)
+        assert torch.equal(silent, loud)
+        loud.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_weight_made_in_inference_mode_is_not_served_to_training():
+    layer, x = fastsn.BSSNConv2d(2, 4, 3).requires_grad_(False), batch()
+    points = x.clone().requires_grad_()
+    with fastsn.step(layer), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.inference_mode():
+            layer(x)
+        layer(points).sum().backward()
+    assert points.grad.abs().sum() > 0
+
+
+def test_freezing_the_network_inside_a_step_serves_a_weight_without_a_graph():
+    net, x = network(), batch()
+    with fastsn.step(net):
+        net(x).sum().backward()
+        net.requires_grad_(False)
+        points = x.clone().requires_grad_()
+        net(points).sum().backward()
+    assert points.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_inside_a_step(reentrant):
+    net, x = network(), batch().requires_grad_()
+    twin = copy.deepcopy(net)
+    with fastsn.step(net):
+        checkpoint(net, x, use_reentrant=reentrant).square().sum().backward()
+    with fastsn.step(twin):
+        twin(x).square().sum().backward()
+    for a, b in zip([*net.parameters(), *net.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
+        assert torch.equal(a, b)
+        assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+
+
+def test_steps_that_end_out_of_order_leave_nothing_behind():
+    layer, x = fastsn.SNLinear(40, 30), torch.randn(1, 40)
+    first, second = fastsn.step(layer), fastsn.step(layer)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_steps_and_the_compiler(inside):
+    """The step inside the compiled function, and the compiled function inside the step."""
+    net = nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, scale=1.2), nn.Flatten(), fastsn.spectral_norm(nn.Linear(64, 2)))
+    twin, x = copy.deepcopy(net), batch()
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        if not inside:
+            return model(x) - model(-x)
+        with fastsn.step(model):
+            return model(x) - model(-x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        with fastsn.step(net) if not inside else nullcontext():
+            ours = compiled(net, x)
+        with fastsn.step(twin) if not inside else nullcontext():
+            expected = run(twin, x)
+        for output, model in ((ours, net), (expected, twin)):
+            output.square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(list(net.buffers()), list(twin.buffers()))
+
+
+def test_a_weight_that_changes_inside_the_block_is_normalised_anew():
+    layer = fastsn.SSNLinear(4, 5, scale=nn.Parameter(torch.tensor(1.0)))
+    x = torch.randn(3, 4)
+    with fastsn.step(layer):
+        before, u = layer(x), layer.spectral_norm._u.clone()
+        with torch.no_grad():
+            layer.weight.add_(torch.randn(5, 4))
+        after = layer(x)
+        assert not torch.allclose(before, after)
+        with torch.no_grad():
+            layer.spectral_norm.scale.mul_(2)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * (after - layer.bias))
+        assert torch.equal(layer.spectral_norm._u, u)
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_a_scale_that_is_replaced_inside_the_block_counts(learnable):
+    layer, x = (
+        fastsn.SSNLinear(4, 5, scale=nn.Parameter(torch.tensor(1.0)) if learnable else 1.0, bias=False),
+        torch.ones(1, 4),
+    )
+    other = torch.tensor(3.0, requires_grad=True)
+    with fastsn.step(layer):
+        before = layer(x)
+        if learnable:
+            after = torch.func.functional_call(layer, {"spectral_norm.scale": other}, (x,))
+            (gradient,) = torch.autograd.grad(after.sum(), other)
+            torch.testing.assert_close(gradient, before.sum())
+        else:
+            layer.spectral_norm.scale = 3.0
+            after = layer(x)
+    torch.testing.assert_close(after, 3 * before)
+
+
+def test_a_norm_on_a_norm_is_measured_through_the_vectors_of_the_step():
+    layer = fastsn.spectral_norm(fastsn.spectral_norm(nn.Linear(6, 5)))
+    nn.init.normal_(layer.parametrizations.weight.original)
+    twin = copy.deepcopy(layer)
+    with fastsn.step(layer, advance=False):
+        unstored = layer.weight
+    with fastsn.step(twin):
+        torch.testing.assert_close(unstored, twin.weight)
+
+
+def test_autocast_inside_a_step():
+    layer = fastsn.BSSNConv2d(2, 4, 3)
+    with fastsn.step(layer):
+        full = layer.normalised()[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer.normalised()[0], full.bfloat16())
+        assert layer.normalised()[0].dtype == torch.float32
+
+
+def test_steps_nest_and_an_exception_ends_them():
+    layer, x = fastsn.SNLinear(40, 30), torch.randn(1, 40)
+    with fastsn.step(layer):
+        outer = layer(x)
+        with fastsn.step(layer):
+            inner = layer(x)
+        assert not torch.equal(inner, outer)
+        assert torch.equal(layer(x), outer)
+    with pytest.raises(KeyError), fastsn.step(layer):
+        raise KeyError
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_functional_call_inside_a_step_uses_the_weight_it_is_given():
+    layer, x = fastsn.SNLinear(4, 5, bias=False), torch.randn(3, 4)
+    with fastsn.step(layer):
+        a = layer(x)
+        b = torch.func.functional_call(layer, {"weight": torch.randn(5, 4)}, (x,))
+    assert not torch.allclose(a, b)
+
+
+def test_stacked_parametrizations_and_steps():
+    layer = nn.Linear(6, 5)
+    fastsn.spectral_norm(parametrizations.orthogonal(layer), variant="ssn", scale=2.0)
+    fastsn.spectral_norm(layer)
+    fastsn.warm_up(layer, 100)
+    assert set(fastsn.sigmas(layer)) == {"1", "2"}
+    before = state(layer)
+    with fastsn.step(layer, advance=False):
+        torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight, 2), torch.tensor(1.0))
+    assert moved(before, layer) == set()
