@@ -255,8 +255,18 @@ def test_compare_makes_a_picture_and_a_table(finished, tmp_path):
     last = rows(finished)[-1]
     assert "BSSN, scale 1.3, seed 0" in text
     assert f"{float(last[1]):.3f}" in text
-    with pytest.raises(FileNotFoundError, match="must be the folder of a run"):
+
+
+def test_runs_that_have_nothing_to_compare_yet(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must be the folder of a run with a metrics.csv"):
         report.table([tmp_path], "a", "b")
+    (tmp_path / "metrics.csv").write_text((finished / "metrics.csv").read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"must have been evaluated at least once, found no row"):
+        report.table([tmp_path], "a", "b")
+    (tmp_path / "config.json").write_text((finished / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="must hold samples, found no picture"):
+        report.compare([tmp_path], tmp_path / "compare.png", "a", "b")
+    assert not (tmp_path / "compare.png").exists()
 
 
 @pytest.mark.parametrize(
