@@ -1,5 +1,6 @@
 """fastsn: spectral normalisation (SN, SSN, BSN, BSSN) for PyTorch."""
 
+from fastsn.backends import Backend, backends
 from fastsn.layers import (
     BSNConv1d,
     BSNConv2d,
@@ -74,9 +75,11 @@ __all__ = [
     "SSNConvTranspose3d",
     "SSNEmbedding",
     "SSNLinear",
+    "Backend",
     "Sigmas",
     "SpectralNorm",
     "VARIANTS",
+    "backends",
     "fold",
     "sigmas",
     "spectral_norm",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fastsn import reference, views
 from fastsn.variants import VARIANTS, Variant
+
+REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def weight(value: object, name: str) -> Tensor:
@@ -75,3 +80,81 @@ def scale(value: object, variant: Variant) -> float | Tensor:
         came = f"a {type(value).__name__}" if isinstance(value, Tensor) else value
         raise ValueError(f"scale must be 1.0 for variant {variant.name!r}, got {came}; it is free for {free}")
     return value if isinstance(value, Tensor) else float(value)
+
+
+# The arguments of the list ops: errors name the argument and the position in the list. csrc/ checks the same.
+
+
+def weights(found: Sequence[Tensor], dims: Sequence[int], view_bits: Sequence[int]) -> None:
+    """Raises TypeError, ValueError or IndexError unless all can be normalised together."""
+    if not found:
+        raise ValueError("weights must have at least one entry, got none")
+    for name, numbers in (("dims", dims), ("views", view_bits)):
+        if len(numbers) != len(found):
+            raise ValueError(f"{name} must have {len(found)} entries, one per entry of weights, got {len(numbers)}")
+    for i, w in enumerate(found):
+        if w.layout != torch.strided:
+            raise TypeError(f"weights[{i}] must be dense, got layout {w.layout}")
+        if w.dtype not in REAL:
+            raise TypeError(f"weights[{i}] must be float32, float64, float16 or bfloat16, got {w.dtype}")
+        if w.ndim < 2:
+            raise ValueError(f"weights[{i}] must have at least 2 dimensions, got shape {list(w.shape)}")
+        if w.numel() == 0:
+            raise ValueError(f"weights[{i}] must have at least one element, got shape {list(w.shape)}")
+        if w.device != found[0].device:
+            raise ValueError(f"weights[{i}] must be on the device of weights[0], {found[0].device}, got {w.device}")
+        width = reference.wide(found[0].dtype)
+        if reference.wide(w.dtype) != width:
+            raise TypeError(f"weights[{i}] must have sums in {width} as weights[0], got {w.dtype}")
+        if not 0 <= dims[i] < w.ndim:
+            raise IndexError(f"dims[{i}] must be in [0, {w.ndim - 1}], got {dims[i]}")
+        if not 1 <= view_bits[i] <= 3:
+            raise ValueError(f"views[{i}] must be 1 (out), 2 (in) or 3 (both), got {view_bits[i]}")
+
+
+def vectors(
+    found: Sequence[Tensor],
+    dims: Sequence[int],
+    pairs: Sequence[tuple[int, str]],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+) -> None:
+    """Raises TypeError or ValueError unless u and v have an entry that fits for every (position of weight, view)."""
+    for name, list_ in (("u", u), ("v", v)):
+        if len(list_) != len(pairs):
+            raise ValueError(f"{name} must have {len(pairs)} entries, one per weight and view, got {len(list_)}")
+    width = reference.wide(found[0].dtype)
+    for at, (i, view) in enumerate(pairs):
+        sizes = views.vector_sizes(views.as_oik(found[i], dims[i]), view)
+        for name, x, size in (("u", u[at], sizes[0]), ("v", v[at], sizes[1])):
+            if x.shape != (size,):
+                raise ValueError(f"{name}[{at}] must have shape [{size}], got {list(x.shape)}")
+            if x.dtype != width:
+                raise TypeError(f"{name}[{at}] must be {width}, got {x.dtype}")
+            if x.device != found[0].device:
+                raise ValueError(f"{name}[{at}] must be on {found[0].device}, got {x.device}")
+
+
+def numbers(
+    length: int,
+    scales: Sequence[Tensor],
+    which: Sequence[int],
+    factors: Sequence[float],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    """Raises TypeError, ValueError or IndexError unless there is a sound scale and dtype for every weight."""
+    for name, list_ in (("which", which), ("factors", factors), ("dtypes", dtypes)):
+        if len(list_) != length:
+            raise ValueError(f"{name} must have {length} entries, one per weight, got {len(list_)}")
+    for i, s in enumerate(scales):
+        if s.numel() != 1:
+            raise ValueError(f"scales[{i}] must be one number, got shape {list(s.shape)}")
+        if not s.is_floating_point():
+            raise TypeError(f"scales[{i}] must be floating point, got {s.dtype}")
+    for i in range(length):
+        if which[i] >= len(scales):
+            raise IndexError(f"which[{i}] must be less than {len(scales)}, the number of scales, got {which[i]}")
+        if not math.isfinite(factors[i]):
+            raise ValueError(f"factors[{i}] must be finite, got {factors[i]}")
+        if dtypes[i] not in REAL:
+            raise TypeError(f"dtypes[{i}] must be float32, float64, float16 or bfloat16, got {dtypes[i]}")

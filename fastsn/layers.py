@@ -22,6 +22,7 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
     Takes the arguments of ``{plain}`` and
         scale: the constant c, a float, a tensor of one element or a (learnable, shareable) Parameter{fixed}.
         n_power_iterations: power iterations per forward in training mode.
+        impl: "auto", "reference" or "cpp", see ``fastsn.backends``.
         eps: as torch's spectral_norm; without effect, because no vector is divided by less than its own norm.
         scale_bias: multiply the bias by c too (the gamma variants of the paper){needs_free}.
 
@@ -50,6 +51,7 @@ class Normalised(nn.Module):
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         scale_bias: bool = False,
+        impl: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +65,7 @@ class Normalised(nn.Module):
             eps,
             variant=self.variant,
             scale=scale,
+            impl=impl,
             follows_autocast=self.follows_autocast,
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import checks, reference, views
+from fastsn import checks, jobs, reference, views
 from fastsn.layers import Normalised
 from fastsn.norm import WARM_UP_ITERATIONS, SpectralNorm
 
@@ -176,18 +176,17 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     Raises:
         ValueError: a weight on the meta device. No vector has moved.
     """
+    groups: dict[tuple[int, bool], list[_Site]] = {}
+    for site in _checked_sites(model):
+        if site.norm.views:  # a 1-D weight has no vectors to share
+            groups.setdefault((site.norm.rounds(), advance and site.norm.training), []).append(site)
     releases = []
     try:
-        for site in _checked_sites(model):
-            if not site.norm.views:  # a 1-D weight has no vectors to share
-                continue
-            weight = site.weight()
-            vectors = site.norm.iterate(weight.detach())
-            if advance and site.norm.training:
-                site.norm.store(vectors)
-            releases.append(site.norm.hold(vectors))
-            if not torch.compiler.is_compiling():
-                site.norm(weight)  # made here, not at the first use, which may be inside a checkpointed region
+        for (rounds, store), sites in groups.items():
+            # W̄ is made here, in one call, not at the first use, which may be inside a checkpointed region.
+            todo = [site.norm.job(site.weight()) for site in sites]
+            made = jobs.normalize(todo, rounds, store)
+            releases += [site.norm.hold(w, job) for site, w, job in zip(sites, made, todo, strict=True)]
         yield
     finally:
         for release in reversed(releases):

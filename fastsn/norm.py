@@ -6,7 +6,6 @@ Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametr
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import checks, reference, variants, views
+from fastsn import checks, jobs, reference, variants, views
+from fastsn.backends import available
+from fastsn.jobs import Job, Normalised
 from fastsn.reference import Sigmas, Vectors
 from fastsn.serving import Hold
 
@@ -40,6 +41,8 @@ class SpectralNorm(nn.Module):
         variant: "sn", "ssn", "bsn" or "bssn", see ``fastsn.variants``.
         scale: the constant c of "ssn" and "bssn": a float, a tensor of one element, or a Parameter, which is learnt
             and may be shared between norms.
+        impl: who computes: "auto" (the kernels of the weight's device, else the reference), "reference" or "cpp"; see
+            ``fastsn.backends``.
         follows_autocast: return the weight in the autocast dtype while autocast is on. For weights of operations
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
 
@@ -49,6 +52,7 @@ class SpectralNorm(nn.Module):
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what was expected and what came.
+        RuntimeError: an ``impl`` that is not available, with the reason.
     """
 
     scale: float | Tensor
@@ -63,6 +67,7 @@ class SpectralNorm(nn.Module):
         *,
         variant: str = "sn",
         scale: float | Tensor = 1.0,
+        impl: str = "auto",
         follows_autocast: bool = False,
     ) -> None:
         super().__init__()
@@ -72,6 +77,7 @@ class SpectralNorm(nn.Module):
         self.dim = views.wrap_dim(dim, weight.ndim)
         self.eps = checks.eps(eps)
         self.variant = variant
+        self.impl = available(impl)
         scale = checks.scale(scale, row)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale)
@@ -88,7 +94,7 @@ class SpectralNorm(nn.Module):
                 for name, size in zip(_BUFFERS[view], views.vector_sizes(oik, view), strict=True):
                     self.register_buffer(name, self._draw(oik.new_empty(size, dtype=reference.wide(oik.dtype))))
             if not weight.is_meta:
-                self.store(self.iterate(weight, WARM_UP_ITERATIONS))
+                self.advance(weight, WARM_UP_ITERATIONS)
 
     def _draw(self, vector: Tensor) -> Tensor:
         return F.normalize(vector.normal_(0, 1), dim=0)
@@ -100,12 +106,8 @@ class SpectralNorm(nn.Module):
             return self.scaled(unit).to(weight.dtype)
         checks.weight(weight, "weight")
         if self._holds:
-            hold = self._holds[-1]
-            return hold.serve((weight, self.scale), self._out_dtype(weight), lambda: self.rescale(weight, hold.vectors))
-        vectors = self.iterate(weight)
-        if self.training:
-            self.store(vectors)
-        return self.rescale(weight, vectors)
+            return self._holds[-1].serve(self.job(weight))
+        return jobs.normalize([self.job(weight)], self.rounds(), self.training)[0].weight
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """scale * tensor, in the tensor's dtype."""
@@ -119,47 +121,35 @@ class SpectralNorm(nn.Module):
         """The stored (u, v) of each view: the buffers themselves."""
         return {view: (getattr(self, _BUFFERS[view][0]), getattr(self, _BUFFERS[view][1])) for view in self.views}
 
-    def iterate(self, weight: Tensor, rounds: int | None = None) -> Vectors:
-        """(u, v) after ``rounds`` (default: what the mode asks for), not stored. Always private copies: a graph must
-        never save the buffers, which the next forward overwrites in place."""
-        if rounds is None:
-            rounds = self.n_power_iterations if self.training else 0
-        if rounds == 0:
-            return {view: (u.clone(), v.clone()) for view, (u, v) in self.vectors().items()}
-        with _no_autocast(weight), torch.no_grad():
-            return reference.power_iteration([self._oik(weight)], [self.vectors()], rounds)[0]
+    def rounds(self) -> int:
+        """How many power iterations a use costs in this mode."""
+        return self.n_power_iterations if self.training else 0
 
-    @torch.no_grad()
-    def store(self, vectors: Vectors) -> None:
-        """Write (u, v) into the buffers, in place: replicas, DDP and user references share their storage."""
-        for view, pair in vectors.items():
-            for name, new in zip(_BUFFERS[view], pair, strict=True):
-                # out= rather than copy_: it also works on captured buffers inside torch.func transforms, as in torch.
-                torch.mul(new, 1, out=getattr(self, name))
+    def job(self, weight: Tensor) -> Job:
+        """The weight with everything that normalises it, in the dtype that is asked for now."""
+        return Job(weight, self.dim, self.vectors(), self.scale, self._out_dtype(weight), self.impl)
 
-    def measure(self, weight: Tensor, vectors: Vectors | None = None) -> Sigmas:
-        """sigma of each view for the given vectors (default: the stored ones), differentiable in the weight."""
-        with _no_autocast(weight):
-            return reference.sigmas([self._oik(weight)], [self.vectors() if vectors is None else vectors])[0]
+    def advance(self, weight: Tensor, rounds: int) -> None:
+        """Iterate and store, whatever the mode."""
+        jobs.iterate(self.job(weight), rounds)
+
+    def measure(self, weight: Tensor) -> Sigmas:
+        """sigma of each view for the stored vectors, differentiable in the weight."""
+        with jobs.no_autocast(weight):
+            return reference.sigmas([self._oik(weight)], [self.vectors()])[0]
 
     def measure_untracked(self, weight: Tensor, view: str, iterations: int = 30) -> Tensor:
         """sigma of a view without stored vectors, iterated from a start that is always the same: a lower bound."""
         oik, draw = self._oik(weight), torch.Generator().manual_seed(0)
         start = [torch.randn(n, generator=draw).to(oik.device) for n in views.vector_sizes(oik, view)]
         vectors: list[Vectors] = [{view: (start[0], start[1])}]
-        with _no_autocast(weight):
+        with jobs.no_autocast(weight):
             return reference.sigmas([oik], reference.power_iteration([oik], vectors, iterations))[0][view]
-
-    def rescale(self, weight: Tensor, vectors: Vectors) -> Tensor:
-        """scale * weight / mean(sigma) for the given vectors."""
-        sigmas, dtype = self.measure(weight, vectors), self._out_dtype(weight)
-        with _no_autocast(weight):
-            return reference.rescale([weight], [sigmas], [self.scale], [dtype])[0]
 
     def evaluate(self, weight: Tensor) -> Tensor:
         """What evaluation mode returns outside any step and autocast, whatever the mode: not a use, nothing moves."""
-        with _no_autocast(weight):
-            return self(weight) if weight.ndim == 1 else self.rescale(weight, self.iterate(weight, 0))
+        with jobs.no_autocast(weight):
+            return self(weight) if weight.ndim == 1 else jobs.normalize([self.job(weight)], 0, False)[0].weight
 
     def peek(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
@@ -176,12 +166,12 @@ class SpectralNorm(nn.Module):
             elif not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
                 vector.copy_(self._draw(vector))
         if weight.ndim > 1:
-            self.store(self.iterate(weight, iterations))
+            self.advance(weight, iterations)
 
-    def hold(self, vectors: Vectors) -> Callable[[], None]:
-        """Serve every later call from ``vectors`` without iterating, until the returned function is called. The newest
-        hold counts; holds may end in any order."""
-        hold = Hold(vectors)
+    def hold(self, normalised: Normalised, job: Job) -> Callable[[], None]:
+        """Serve every later call from these vectors without iterating, until the returned function is called: this W̄
+        while it is right, one made anew where it is not. The newest hold counts; holds may end in any order."""
+        hold = Hold(normalised, job)
         self._holds.append(hold)
         return lambda: self._holds.remove(hold)
 
@@ -192,7 +182,7 @@ class SpectralNorm(nn.Module):
         device = weight.device.type
         castable = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
         cached = getattr(parametrize, "_cache_enabled", 0)  # parametrize.cached() would serve one dtype to every reader
-        if self.follows_autocast and castable and not cached and _autocast_is_on(device):
+        if self.follows_autocast and castable and not cached and jobs.autocast_is_on(device):
             return torch.get_autocast_dtype(device)
         return weight.dtype
 
@@ -227,12 +217,3 @@ class SpectralNorm(nn.Module):
             return f"{self.scale:.6g}"
         value = "meta" if self.scale.is_meta else f"{float(self.scale.detach()):.6g}"
         return value + (" (learnable)" if isinstance(self.scale, nn.Parameter) else " (tensor)")
-
-
-def _autocast_is_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _no_autocast(weight: Tensor) -> AbstractContextManager[object]:
-    device = weight.device.type
-    return torch.autocast(device, enabled=False) if _autocast_is_on(device) else nullcontext()

@@ -24,6 +24,7 @@ def spectral_norm(
     *,
     variant: str = "sn",
     scale: float | Tensor = 1.0,
+    impl: str = "auto",
 ) -> Module:
     r"""Normalise a tensor of a module by a parametrization: :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
 
@@ -42,6 +43,8 @@ def spectral_norm(
         dim: dimension of output channels; by default 1 for ConvTranspose1-3d and 0 for everything else.
         variant: "sn", "ssn", "bsn" or "bssn".
         scale: c, for "ssn" and "bssn": a float, a tensor of one element or a (learnable, shareable) Parameter.
+        impl: "auto", "reference" or "cpp", see ``fastsn.backends``. The reference has torch's bits on contiguous
+            float32 weights; the kernels sum in another order.
 
     A grouped convolution is measured as torch does: by the weight tensor as it is stored, (O, I / groups, ...).
 
@@ -76,6 +79,7 @@ def spectral_norm(
         eps,
         variant=variant,
         scale=scale,
+        impl=impl,
         follows_autocast=name == "weight" and isinstance(module, nn.Linear | _ConvNd),
     )
     # Registering evaluates once and insists on an unchanged dtype.

@@ -1,0 +1,362 @@
+// The inner loops, compiled once per instruction set: the includer defines FASTSN_ISA (a namespace) and FASTSN_TARGET
+// (a function attribute). Nothing here may call a function of another file, whose code could then be compiled for a
+// processor that is not there: only arithmetic on vectors that the compiler splits into what the target has.
+#include "kernels.h"
+
+#define FN FASTSN_TARGET static inline __attribute__((always_inline))
+#define ENTRY FASTSN_TARGET static
+
+namespace fastsn::FASTSN_ISA {
+
+template <class A>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(64)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(64)));
+};
+template <class A>
+using V = typename Vector<A>::type;
+
+template <class A>
+FN V<A> load(const A* p) {
+  V<A> x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class A>
+FN void store(A* p, const V<A>& x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+// The first n < lanes elements, the rest zero. Rows end where the tensor ends: nothing behind them may be read.
+template <class A>
+FN V<A> load_some(const A* p, int64_t n) {
+  A part[lanes<A>()] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+
+template <class A>
+FN A sum(const V<A>& x) {
+  A part[lanes<A>()];
+  store(part, x);
+  for (int64_t width = lanes<A>() / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+}
+
+template <class A>
+FN void clear(A* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0;
+}
+
+// One vector of each row.
+template <class A>
+struct Four {
+  V<A> w0, w1, w2, w3;
+};
+
+template <class A>
+FN Four<A> load_rows(const A* const* rows, int64_t at) {
+  return {load(rows[0] + at), load(rows[1] + at), load(rows[2] + at), load(rows[3] + at)};
+}
+
+template <class A>
+FN Four<A> load_rows_some(const A* const* rows, int64_t at, int64_t n) {
+  return {load_some(rows[0] + at, n), load_some(rows[1] + at, n), load_some(rows[2] + at, n),
+          load_some(rows[3] + at, n)};
+}
+
+template <class A>
+FN void add_product(Four<A>& sums, const Four<A>& w, const V<A>& x) {
+  sums.w0 += w.w0 * x;
+  sums.w1 += w.w1 * x;
+  sums.w2 += w.w2 * x;
+  sums.w3 += w.w3 * x;
+}
+
+// Sums of each class lie `period` apart per row, at `at`.
+template <class A>
+FN void add_product(A* classes, int64_t period, const Four<A>& w, const V<A>& z) {
+  store(classes, V<A>(load(classes) + w.w0 * z));
+  store(classes + period, V<A>(load(classes + period) + w.w1 * z));
+  store(classes + 2 * period, V<A>(load(classes + 2 * period) + w.w2 * z));
+  store(classes + 3 * period, V<A>(load(classes + 3 * period) + w.w3 * z));
+}
+
+template <class A>
+FN void store_sums(const Four<A>& sums, A* out, int64_t stride) {
+  out[0] = sum<A>(sums.w0);
+  out[stride] = sum<A>(sums.w1);
+  out[2 * stride] = sum<A>(sums.w2);
+  out[3 * stride] = sum<A>(sums.w3);
+}
+
+template <class A>
+FN void store_rows(const Four<A>& x, A* out, int64_t stride) {
+  store(out, x.w0);
+  store(out + stride, x.w1);
+  store(out + 2 * stride, x.w2);
+  store(out + 3 * stride, x.w3);
+}
+
+// "bk": the class of a lane repeats after `period` elements, which are added up per class at the end. One: the period
+// is a single vector (K is a power of two up to the lanes), and the sums stay in registers.
+template <class A, bool P, bool Q, bool One>
+FN void local_bk(const A* const* rows, const Shape& s, int64_t period, const A* x, const A* z, A* p, A* q, A* classes) {
+  const int64_t n = s.n();
+  Four<A> sums = {}, one = {};
+  if (Q && !One) clear(classes, kRows * period);
+  for (int64_t begin = 0; begin < n; begin += period) {
+    const int64_t length = n - begin < period ? n - begin : period;
+    for (int64_t j = 0; j < length; j += lanes<A>()) {
+      const int64_t left = length - j;
+      const Four<A> w = left >= lanes<A>() ? load_rows(rows, begin + j) : load_rows_some(rows, begin + j, left);
+      if (P) add_product(sums, w, load(x + begin + j));
+      if (Q && One) add_product(one, w, load(z + begin + j));
+      if (Q && !One) add_product(classes + j, period, w, load(z + begin + j));
+    }
+  }
+  if (P) store_sums(sums, p, 1);
+  if (!Q) return;
+  if (One) store_rows(one, classes, period);
+  const int64_t used = n < period ? n : period;
+  for (int r = 0; r < kRows; ++r) {
+    clear(q + r * s.k, s.k);
+    for (int64_t j = 0; j < used; j += s.k)
+      for (int64_t k = 0; k < s.k; ++k) q[r * s.k + k] += classes[r * period + j + k];
+  }
+}
+
+template <class A, bool P, bool Q>
+FN void local_kb(const A* const* rows, const Shape& s, const A* x, const A* z, A* p, A* q) {
+  Four<A> sums = {};
+  for (int64_t k = 0; k < s.k; ++k) {
+    Four<A> segment = {};
+    for (int64_t b = 0; b < s.b; b += lanes<A>()) {
+      const int64_t at = k * s.b + b, left = s.b - b;
+      const Four<A> w = left >= lanes<A>() ? load_rows(rows, at) : load_rows_some(rows, at, left);
+      if (P) add_product(sums, w, load(x + at));
+      if (Q) add_product(segment, w, load(z + b));
+    }
+    if (Q) store_sums(segment, q + k, s.k);
+  }
+  if (P) store_sums(sums, p, 1);
+}
+
+template <class A>
+ENTRY void local(const A* const* rows, const Shape& s, const A* x, const A* z, A* p, A* q, A* scratch) {
+  const int64_t period = fastsn::period<A>(s);
+  const bool one = period == lanes<A>();
+  if (s.kb) {
+    if (p && q) return local_kb<A, true, true>(rows, s, x, z, p, q);
+    if (p) return local_kb<A, true, false>(rows, s, x, z, p, q);
+    return local_kb<A, false, true>(rows, s, x, z, p, q);
+  }
+  if (p && q && one) return local_bk<A, true, true, true>(rows, s, period, x, z, p, q, scratch);
+  if (p && q) return local_bk<A, true, true, false>(rows, s, period, x, z, p, q, scratch);
+  if (p) return local_bk<A, true, false, false>(rows, s, period, x, z, p, q, scratch);
+  if (one) return local_bk<A, false, true, true>(rows, s, period, x, z, p, q, scratch);
+  return local_bk<A, false, true, false>(rows, s, period, x, z, p, q, scratch);
+}
+
+// Spread the classes of a row over one period.
+template <class A>
+FN void spread(const A* q, int64_t k, int64_t used, A* out) {
+  for (int64_t j = 0; j < used; j += k)
+    for (int64_t i = 0; i < k; ++i) out[j + i] = q[i];
+}
+
+template <class A, bool P, bool Q>
+FN void accumulate_bk(const A* const* rows, const Shape& s, const A* p, const A* q, A* x, A* z, A* classes) {
+  const int64_t n = s.n(), period = Q ? fastsn::period<A>(s) : padded<A>(n);
+  if (Q)
+    for (int r = 0; r < kRows; ++r) spread(q + r * s.k, s.k, n < period ? n : period, classes + r * period);
+  for (int64_t begin = 0; begin < n; begin += period) {
+    const int64_t length = n - begin < period ? n - begin : period;
+    for (int64_t j = 0; j < length; j += lanes<A>()) {
+      const int64_t at = begin + j, left = length - j;
+      const Four<A> w = left >= lanes<A>() ? load_rows(rows, at) : load_rows_some(rows, at, left);
+      if (P) store(x + at, V<A>(load(x + at) + ((w.w0 * p[0] + w.w1 * p[1]) + (w.w2 * p[2] + w.w3 * p[3]))));
+      if (Q) {
+        const Four<A> c = {load(classes + j), load(classes + j + period), load(classes + j + 2 * period),
+                           load(classes + j + 3 * period)};
+        store(z + at, V<A>(load(z + at) + ((w.w0 * c.w0 + w.w1 * c.w1) + (w.w2 * c.w2 + w.w3 * c.w3))));
+      }
+    }
+  }
+}
+
+template <class A, bool P, bool Q>
+FN void accumulate_kb(const A* const* rows, const Shape& s, const A* p, const A* q, A* x, A* z) {
+  for (int64_t k = 0; k < s.k; ++k) {
+    const A *q0 = q + k, *q1 = q0 + s.k, *q2 = q1 + s.k, *q3 = q2 + s.k;
+    for (int64_t b = 0; b < s.b; b += lanes<A>()) {
+      const int64_t at = k * s.b + b, left = s.b - b;
+      const Four<A> w = left >= lanes<A>() ? load_rows(rows, at) : load_rows_some(rows, at, left);
+      if (P) store(x + at, V<A>(load(x + at) + ((w.w0 * p[0] + w.w1 * p[1]) + (w.w2 * p[2] + w.w3 * p[3]))));
+      if (Q) store(z + b, V<A>(load(z + b) + ((w.w0 * *q0 + w.w1 * *q1) + (w.w2 * *q2 + w.w3 * *q3))));
+    }
+  }
+}
+
+template <class A>
+ENTRY void accumulate(const A* const* rows, const Shape& s, const A* p, const A* q, A* x, A* z, A* scratch) {
+  if (s.kb) {
+    if (p && q) return accumulate_kb<A, true, true>(rows, s, p, q, x, z);
+    if (p) return accumulate_kb<A, true, false>(rows, s, p, q, x, z);
+    return accumulate_kb<A, false, true>(rows, s, p, q, x, z);
+  }
+  if (p && q) return accumulate_bk<A, true, true>(rows, s, p, q, x, z, scratch);
+  if (p) return accumulate_bk<A, true, false>(rows, s, p, q, x, z, scratch);
+  return accumulate_bk<A, false, true>(rows, s, p, q, x, z, scratch);
+}
+
+template <class A>
+ENTRY void rescale(const A* w, A* out, int64_t n, A inverse, A scale) {
+  int64_t i = 0;
+  for (; i + lanes<A>() <= n; i += lanes<A>()) store(out + i, V<A>(load(w + i) * inverse * scale));
+  for (; i < n; ++i) out[i] = w[i] * inverse * scale;
+}
+
+template <class A>
+ENTRY double dot(const A* a, const A* b, int64_t n) {
+  constexpr int64_t step = 4 * lanes<A>();
+  Four<A> sums = {};
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    sums.w0 += load(a + i) * load(b + i);
+    sums.w1 += load(a + i + lanes<A>()) * load(b + i + lanes<A>());
+    sums.w2 += load(a + i + 2 * lanes<A>()) * load(b + i + 2 * lanes<A>());
+    sums.w3 += load(a + i + 3 * lanes<A>()) * load(b + i + 3 * lanes<A>());
+  }
+  A rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return static_cast<double>(sum<A>((sums.w0 + sums.w1) + (sums.w2 + sums.w3))) + static_cast<double>(rest);
+}
+
+template <class A, bool P, bool Q>
+FN void gradient_bk(const A* g, const Shape& s, A alpha, A p, const A* x, const A* q, const A* z, A* out, A* classes) {
+  const int64_t n = s.n(), period = Q ? fastsn::period<A>(s) : padded<A>(n);
+  if (Q) spread(q, s.k, n < period ? n : period, classes);
+  for (int64_t begin = 0; begin < n; begin += period) {
+    const int64_t length = n - begin < period ? n - begin : period;
+    int64_t j = 0;
+    for (; j + lanes<A>() <= length; j += lanes<A>()) {
+      V<A> sum = load(g + begin + j) * alpha;
+      if (P) sum += load(x + begin + j) * p;
+      if (Q) sum += load(z + begin + j) * load(classes + j);
+      store(out + begin + j, sum);
+    }
+    for (; j < length; ++j) {
+      A sum = g[begin + j] * alpha;
+      if (P) sum += x[begin + j] * p;
+      if (Q) sum += z[begin + j] * classes[j];
+      out[begin + j] = sum;
+    }
+  }
+}
+
+template <class A, bool P, bool Q>
+FN void gradient_kb(const A* g, const Shape& s, A alpha, A p, const A* x, const A* q, const A* z, A* out) {
+  for (int64_t k = 0; k < s.k; ++k) {
+    const int64_t at = k * s.b;
+    int64_t b = 0;
+    for (; b + lanes<A>() <= s.b; b += lanes<A>()) {
+      V<A> sum = load(g + at + b) * alpha;
+      if (P) sum += load(x + at + b) * p;
+      if (Q) sum += load(z + b) * q[k];
+      store(out + at + b, sum);
+    }
+    for (; b < s.b; ++b) {
+      A sum = g[at + b] * alpha;
+      if (P) sum += x[at + b] * p;
+      if (Q) sum += z[b] * q[k];
+      out[at + b] = sum;
+    }
+  }
+}
+
+template <class A>
+ENTRY void gradient(const A* g, const Shape& s, A alpha, A p, const A* x, const A* q, const A* z, A* out, A* scratch) {
+  if (s.kb) {
+    if (x && z) return gradient_kb<A, true, true>(g, s, alpha, p, x, q, z, out);
+    if (x) return gradient_kb<A, true, false>(g, s, alpha, p, x, q, z, out);
+    return gradient_kb<A, false, true>(g, s, alpha, p, x, q, z, out);
+  }
+  if (x && z) return gradient_bk<A, true, true>(g, s, alpha, p, x, q, z, out, scratch);
+  if (x) return gradient_bk<A, true, false>(g, s, alpha, p, x, q, z, out, scratch);
+  return gradient_bk<A, false, true>(g, s, alpha, p, x, q, z, out, scratch);
+}
+
+// Conversions bit by bit, in loops that every compiler turns into vectors; rounding is to nearest, ties to even.
+
+FN float as_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FN uint32_t as_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// A half's exponent and mantissa, moved to a float's place, are 2^112 too small; infinity and NaN keep all ones.
+FN float from_half(uint16_t h) {
+  const uint32_t magnitude = h & 0x7fffu, sign = (h & 0x8000u) << 16;
+  const uint32_t finite = as_bits(as_float(magnitude << 13) * as_float(0x77800000u));
+  return as_float((magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : finite) | sign);
+}
+
+// Adding 0.5 (whose last bit is a half's smallest step) rounds what will be a subnormal half; other values get half a
+// step added, and one less unless the kept mantissa is odd.
+FN uint16_t to_half(float x) {
+  const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+  const uint32_t tiny = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < 0x38800000u ? tiny : normal;
+  return static_cast<uint16_t>((magnitude >= 0x477ff000u ? special : finite) | sign);
+}
+
+FN uint16_t to_bfloat(float x) {
+  const uint32_t bits = as_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+template <class A>
+ENTRY void widen_half(const uint16_t* in, A* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = from_half(in[i]);
+}
+
+template <class A>
+ENTRY void widen_bfloat(const uint16_t* in, A* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = as_float(static_cast<uint32_t>(in[i]) << 16);
+}
+
+template <class A>
+ENTRY void narrow_half(const A* in, uint16_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_half(static_cast<float>(in[i]));
+}
+
+template <class A>
+ENTRY void narrow_bfloat(const A* in, uint16_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat(static_cast<float>(in[i]));
+}
+
+template <class A>
+static constexpr Kernels<A> table = {local<A>,       accumulate<A>,   rescale<A>,     dot<A>,          gradient<A>,
+                                     widen_half<A>,  widen_bfloat<A>, narrow_half<A>, narrow_bfloat<A>};
+
+const Kernels<float>& floats() { return table<float>; }
+const Kernels<double>& doubles() { return table<double>; }
+
+}  // namespace fastsn::FASTSN_ISA

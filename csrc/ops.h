@@ -1,0 +1,24 @@
+// The ops for CPU tensors, as register.cpp registers them; fastsn/ops.py says what they take and give.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+#include <vector>
+
+namespace fastsn {
+
+std::tuple<at::Tensor, at::Tensor> power_iteration(at::TensorList weights, at::TensorList u, at::TensorList v,
+                                                   at::IntArrayRef dims, at::IntArrayRef views, int64_t n, bool store);
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> rescale(at::TensorList weights, at::TensorList scales,
+                                                        const at::Tensor& sigma, const at::Tensor& vectors,
+                                                        at::IntArrayRef dims, at::IntArrayRef views,
+                                                        at::IntArrayRef which, at::ArrayRef<double> factors,
+                                                        at::ArrayRef<at::ScalarType> dtypes);
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rescale_backward(
+    at::TensorList gradients, const at::Tensor& g_sigma, at::TensorList bases, at::TensorList scales,
+    const at::Tensor& sigma, const at::Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
+    at::IntArrayRef which, at::ArrayRef<double> factors, at::ArrayRef<at::ScalarType> dtypes);
+
+}  // namespace fastsn

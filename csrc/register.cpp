@@ -1,0 +1,196 @@
+// Registration only: the kernels for CPU tensors, and rescale's rule of differentiation in C++, because one that is
+// written in Python costs ten times as long as the kernels of a small layer. Schemas, fakes and the rules for other
+// devices and for the second order are in fastsn/ops.py.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "kernels.h"
+#include "ops.h"
+
+namespace fastsn {
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Ints = std::vector<int64_t>;
+using Dtypes = std::vector<at::ScalarType>;
+
+template <class Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+auto call_rescale(at::TensorList weights, at::TensorList scales, const Tensor& sigma, const Tensor& vectors,
+                  at::IntArrayRef dims, at::IntArrayRef views, at::IntArrayRef which, at::ArrayRef<double> factors,
+                  at::ArrayRef<at::ScalarType> dtypes) {
+  static const auto op = find<decltype(rescale)>("fastsn::rescale");
+  return op.call(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+}
+
+// The plain numbers of a call, one entry per weight.
+struct Numbers {
+  Ints dims, views, which, dtypes;
+  std::vector<double> factors;
+
+  // Of the given weights only.
+  Numbers at(const Ints& places) const {
+    Numbers found;
+    for (const int64_t i : places) {
+      found.dims.push_back(dims[i]);
+      found.views.push_back(views[i]);
+      found.which.push_back(which[i]);
+      found.dtypes.push_back(dtypes[i]);
+      found.factors.push_back(factors[i]);
+    }
+    return found;
+  }
+};
+
+// How many entries of the flat vectors belong to a weight: O + I·K for the view `out`, O·K + I for `in`.
+c10::SymInt vector_size(const Tensor& weight, int64_t dim, int64_t views) {
+  const c10::SymInt o = weight.sym_size(dim), i = weight.sym_size(dim == 0 ? 1 : 0), n = weight.sym_numel();
+  return ((views & 1) ? o + n / o : c10::SymInt(0)) + ((views & 2) ? n / i + i : c10::SymInt(0));
+}
+
+struct Rescale : torch::autograd::Function<Rescale> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList weights, at::TensorList scales, const Tensor& sigma,
+                               const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
+                               at::IntArrayRef which, at::ArrayRef<double> factors,
+                               at::ArrayRef<at::ScalarType> dtypes) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [outputs, mean] = call_rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+    ctx->set_materialize_grads(false);
+    // W̄ is what the gradient needs, so that the weight may change before it is asked for. Only the gradient of a scale
+    // needs the weight itself, because the scale may be 0.
+    variable_list saved;
+    Ints own_dtypes;
+    saved.reserve(weights.size() + scales.size() + 2);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      own_dtypes.push_back(static_cast<int64_t>(weights[i].scalar_type()));
+      saved.push_back(which[i] < 0 ? outputs[i] : weights[i]);
+    }
+    saved.insert(saved.end(), scales.begin(), scales.end());
+    saved.push_back(mean);
+    saved.push_back(vectors);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["dims"] = dims.vec();
+    ctx->saved_data["views"] = views.vec();
+    ctx->saved_data["which"] = which.vec();
+    ctx->saved_data["dtypes"] = std::move(own_dtypes);
+    ctx->saved_data["factors"] = factors.vec();
+    outputs.push_back(std::move(mean));
+    return std::move(outputs);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    const Numbers all{data["dims"].toIntVector(), data["views"].toIntVector(), data["which"].toIntVector(),
+                      data["dtypes"].toIntVector(), data["factors"].toDoubleVector()};
+    const size_t count = all.dims.size(), scale_count = saved.size() - count - 2;
+    const Tensor &sigma = saved[saved.size() - 2], &vectors = saved.back(), &g_sigma = grads[count];
+
+    // One entry per tensor of forward's arguments and per other argument. A weight that was not used gets no gradient,
+    // rather than one of zeros.
+    variable_list result(count + scale_count + 7), g, bases;
+    Ints used;
+    for (size_t i = 0; i < count; ++i) {
+      const bool asked = ctx->needs_input_grad(i) || (all.which[i] >= 0 && ctx->needs_input_grad(count + all.which[i]));
+      if (!asked || !(grads[i].defined() || g_sigma.defined())) continue;
+      used.push_back(static_cast<int64_t>(i));
+      bases.push_back(saved[i]);
+      g.push_back(grads[i].defined() ? grads[i] : at::zeros_like(saved[i]));
+    }
+    if (used.empty()) return result;
+    const Numbers numbers = all.at(used);
+    const variable_list scales(saved.begin() + count, saved.begin() + count + scale_count);
+    const auto [d_weights, d_scales] =
+        used.size() == count
+            ? call(g, g_sigma.defined() ? g_sigma : at::zeros_like(sigma), bases, scales, sigma, vectors, numbers)
+            : call(g, g_sigma.defined() ? some(g_sigma, used) : at::zeros({static_cast<int64_t>(used.size())}, sigma.options()), bases,
+                   scales, some(sigma, used), some_vectors(vectors, saved, all, used), numbers);
+    for (size_t i = 0; i < used.size(); ++i)
+      if (ctx->needs_input_grad(used[i])) result[used[i]] = d_weights[i];
+    for (size_t i = 0; i < scale_count; ++i)
+      if (ctx->needs_input_grad(count + i)) result[count + i] = d_scales[i];
+    return result;
+  }
+
+ private:
+  // To be differentiated again, it goes the way of fastsn/ops.py; otherwise straight to the kernel.
+  static std::tuple<variable_list, variable_list> call(const variable_list& g, const Tensor& g_sigma,
+                                                       const variable_list& bases, const variable_list& scales,
+                                                       const Tensor& sigma, const Tensor& vectors, const Numbers& n) {
+    static const auto op = find<decltype(rescale_backward)>("fastsn::rescale_backward");
+    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+    if (!at::GradMode::is_enabled()) guard.emplace();
+    Dtypes dtypes;
+    for (const int64_t dtype : n.dtypes) dtypes.push_back(static_cast<at::ScalarType>(dtype));
+    return op.call(g, g_sigma, bases, scales, sigma, vectors, n.dims, n.views, n.which, n.factors, dtypes);
+  }
+
+  static Tensor some(const Tensor& x, const Ints& places) {
+    variable_list parts;
+    for (const int64_t i : places) parts.push_back(x.narrow(0, i, 1));
+    return at::cat(parts);
+  }
+
+  static Tensor some_vectors(const Tensor& vectors, const variable_list& weights, const Numbers& all,
+                             const Ints& places) {
+    variable_list parts;
+    c10::SymInt offset = 0;
+    size_t next = 0;
+    for (size_t i = 0; i < all.dims.size(); ++i) {
+      const c10::SymInt size = vector_size(weights[i], all.dims[i], all.views[i]);
+      if (next < places.size() && places[next] == static_cast<int64_t>(i)) {
+        parts.push_back(vectors.narrow_symint(0, offset, size));
+        ++next;
+      }
+      offset += size;
+    }
+    return at::cat(parts);
+  }
+};
+
+bool requires_grad(at::TensorList list) {
+  return std::any_of(list.begin(), list.end(), [](const Tensor& x) { return x.requires_grad(); });
+}
+
+std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::TensorList scales, const Tensor& sigma,
+                                                   const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
+                                                   at::IntArrayRef which, at::ArrayRef<double> factors,
+                                                   at::ArrayRef<at::ScalarType> dtypes) {
+  if (!at::GradMode::is_enabled() || !(requires_grad(weights) || requires_grad(scales))) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call_rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+  }
+  variable_list outputs = Rescale::apply(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+  Tensor mean = std::move(outputs.back());
+  outputs.pop_back();
+  return {std::move(outputs), std::move(mean)};
+}
+
+}  // namespace
+}  // namespace fastsn
+
+TORCH_LIBRARY_FRAGMENT(fastsn, m) {
+  m.def("_instruction_set() -> str", [] { return std::string(fastsn::instruction_set()); });
+}
+
+TORCH_LIBRARY_IMPL(fastsn, CPU, m) {
+  m.impl("power_iteration_", &fastsn::power_iteration);
+  m.impl("rescale", &fastsn::rescale);
+  m.impl("rescale_backward", &fastsn::rescale_backward);
+}
+
+TORCH_LIBRARY_IMPL(fastsn, AutogradCPU, m) { m.impl("rescale", &fastsn::rescale_autograd); }

@@ -1,0 +1,133 @@
+"""Weights to normalise, in lists: who computes them, and one call of the ops for all that one call can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsn import ops, reference, views
+from fastsn.backends import chosen
+from fastsn.reference import Vectors
+
+
+class Job(NamedTuple):
+    """One weight to normalise, and how."""
+
+    weight: Tensor
+    dim: int
+    vectors: Vectors
+    scale: float | Tensor
+    dtype: torch.dtype
+    impl: str = "auto"
+
+
+class Normalised(NamedTuple):
+    """W̄, and the vectors that it was made with: private copies, which the next forward does not overwrite."""
+
+    weight: Tensor
+    made_with: Vectors | Tensor
+
+    def vectors(self, job: Job) -> Vectors:
+        """The vectors by view; the kernels give them end to end, and they are rarely asked for."""
+        if not isinstance(self.made_with, Tensor):
+            return self.made_with
+        parts = iter(torch.split(self.made_with, [x.numel() for pair in job.vectors.values() for x in pair]))
+        return {view: (next(parts), next(parts)) for view in job.vectors}
+
+
+def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
+    """Iterate ``n`` times, ``store`` the vectors, rescale: one call of each op for all jobs of a device and width."""
+    if len(jobs) == 1:
+        return _RUN[chosen(jobs[0].impl, jobs[0].weight)](jobs, n, store)
+    groups: dict[Any, list[int]] = {}
+    for i, job in enumerate(jobs):
+        weight = job.weight
+        key = (chosen(job.impl, weight), weight.device, reference.wide(weight.dtype))
+        groups.setdefault(key, []).append(i)
+    results: dict[int, Normalised] = {}
+    for (impl, _, _), places in groups.items():
+        results |= zip(places, _RUN[impl]([jobs[i] for i in places], n, store), strict=True)
+    return [results[i] for i in range(len(jobs))]
+
+
+def iterate(job: Job, n: int) -> None:
+    """``n`` rounds, stored."""
+    if chosen(job.impl, job.weight) == "reference":
+        _iterate_reference([job], n, True)
+    else:
+        ops.power_iteration_(*_lists([job]), n, True)
+
+
+def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:
+    """What power_iteration_ takes of the jobs."""
+    u, v = [], []
+    for job in jobs:
+        for pair in job.vectors.values():
+            u.append(pair[0])
+            v.append(pair[1])
+    weights = [job.weight.detach() for job in jobs]
+    return weights, u, v, [job.dim for job in jobs], [sum(ops.VIEW_BITS[view] for view in job.vectors) for job in jobs]
+
+
+def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
+    lists = _lists(jobs)
+    sigma, vectors = ops.power_iteration_(*lists, n, store)
+    scales: list[Tensor] = []
+    which, factors = [], []
+    for job in jobs:
+        if isinstance(job.scale, Tensor):
+            known = next((i for i, scale in enumerate(scales) if scale is job.scale), None)
+            which.append(len(scales) if known is None else known)
+            factors.append(1.0)
+            scales += [job.scale] * (known is None)
+        else:
+            which.append(-1)
+            factors.append(job.scale)
+    weights, dtypes = [job.weight for job in jobs], [job.dtype for job in jobs]
+    outputs, _ = ops.rescale(weights, scales, sigma, vectors, *lists[3:], which, factors, dtypes)
+    sizes = [sum(u.numel() + v.numel() for u, v in job.vectors.values()) for job in jobs]
+    return [Normalised(*pair) for pair in zip(outputs, torch.split(vectors, sizes), strict=True)]
+
+
+def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
+    vectors = _iterate_reference(jobs, n, store)
+    weights = [job.weight for job in jobs]
+    with no_autocast(weights[0]):
+        sigmas = reference.sigmas([views.as_oik(job.weight, job.dim) for job in jobs], vectors)
+        outputs = reference.rescale(weights, sigmas, [job.scale for job in jobs], [job.dtype for job in jobs])
+    return [Normalised(*pair) for pair in zip(outputs, vectors, strict=True)]
+
+
+@torch.no_grad()
+def _iterate_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Vectors]:
+    """The vectors after ``n`` rounds: always private copies, for the next forward overwrites the buffers in place."""
+    if n == 0:
+        return [{view: (u.clone(), v.clone()) for view, (u, v) in job.vectors.items()} for job in jobs]
+    with no_autocast(jobs[0].weight):
+        oiks = [views.as_oik(job.weight, job.dim) for job in jobs]
+        new = reference.power_iteration(oiks, [job.vectors for job in jobs], n)
+    if store:
+        for job, vectors in zip(jobs, new, strict=True):
+            for view, pair in vectors.items():
+                for buffer, vector in zip(job.vectors[view], pair, strict=True):
+                    # out= rather than copy_: it also works on captured buffers inside torch.func transforms, as torch's
+                    torch.mul(vector, 1, out=buffer)
+    return new
+
+
+_RUN = {"reference": _run_reference, "cpp": _run_kernels}
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on for a type of device; False where there is no such thing."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def no_autocast(weight: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast: iterations never run in a lower precision."""
+    device = weight.device.type
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()

@@ -1,0 +1,268 @@
+"""The list ops: schemas, fakes, the reference for every device, and the rules of differentiation.
+
+Each takes all weights of a call (design: section 4), so that a network costs as many calls as a layer::
+
+    power_iteration_(weights, u, v, dims, views, n, store) -> (sigma, vectors)
+        n rounds on every view of every weight from (u, v), written back into them if ``store``. vectors: private copies
+        of (u, v) as they are afterwards, end to end; sigma: u^T M v of each view. n = 0 measures.
+    rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes) -> ([W̄], mean sigma)
+        W̄ = c W / mean(sigma of its views), in the given dtypes. Both results are differentiable in weights and scales,
+        to any order, with u and v held constant.
+    rescale_backward(gradients, grad_sigma, bases, scales, mean sigma, vectors, ...) -> ([dW], [dscale])
+        dW = (c / sigma) G + (grad_sigma - <G, W̄> / sigma) mean of u v^T,  dc = <G, W> / sigma. bases: W̄, which allows
+        the weight to change before the gradient is asked for; W where the scale is a tensor, which may be 0.
+
+Numbers, one per weight: ``dims`` the dimension of output channels; ``views`` 1 (out), 2 (in) or 3 (both); c is
+``factors[i]``, times ``scales[which[i]]`` unless that is -1; ``dtypes``, in the backward those of the weights. ``u``
+and ``v`` have one entry per weight and view. All weights of a call are on one device and have sums of one dtype.
+
+The schemas live here, so that the package imports without having been built. C++ (csrc/register.cpp) adds the kernels
+for CPU tensors, and for them a rule of differentiation that costs a tenth of one in Python; it follows the one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsn import checks, reference, views
+from fastsn.reference import Vectors
+
+VIEW_BITS = {"out": 1, "in": 2}
+
+_LIBRARY = torch.library.Library("fastsn", "FRAGMENT")  # type: ignore[no-untyped-call]
+_NUMBERS = "int[] dims, int[] views, int[] which, float[] factors, ScalarType[] dtypes"
+for _schema in (
+    "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int[] dims, int[] views, int n, bool store)"
+    " -> (Tensor, Tensor)",
+    f"rescale(Tensor[] weights, Tensor[] scales, Tensor sigma, Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor)",
+    "rescale_backward(Tensor[] gradients, Tensor grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
+    f"Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor[])",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+power_iteration_ = torch.ops.fastsn.power_iteration_.default
+rescale = torch.ops.fastsn.rescale.default
+rescale_backward = torch.ops.fastsn.rescale_backward.default
+
+
+# What the ops give, without computing it.
+
+
+@torch.library.register_fake("fastsn::power_iteration_", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_power_iteration(
+    weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.wide(weights[0].dtype)
+    entries = sum(x.numel() for x in (*u, *v))
+    return weights[0].new_empty(len(u), dtype=dtype), weights[0].new_empty(entries, dtype=dtype)
+
+
+@torch.library.register_fake("fastsn::rescale", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_rescale(weights: Sequence[Tensor], _: Any, sigma: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor]:
+    outputs = [torch.empty_like(w, dtype=dtype) for w, dtype in zip(weights, rest[-1], strict=True)]
+    return outputs, sigma.new_empty(len(weights))
+
+
+@torch.library.register_fake("fastsn::rescale_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    bases, scales, dtypes = arguments[2], arguments[3], arguments[-1]
+    d_weights = [torch.empty_like(w, dtype=dtype) for w, dtype in zip(bases, dtypes, strict=True)]
+    return d_weights, [torch.empty_like(scale) for scale in scales]
+
+
+# The reference, for devices without kernels.
+
+
+def _power_iteration(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    dims: Sequence[int],
+    view_bits: Sequence[int],
+    n: int,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    checks.weights(weights, dims, view_bits)
+    pairs = [(i, view) for i, bits in enumerate(view_bits) for view, bit in VIEW_BITS.items() if bits & bit]
+    checks.vectors(weights, dims, pairs, u, v)
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    oiks = [views.as_oik(w, dim) for w, dim in zip(weights, dims, strict=True)]
+    state: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in weights]
+    for (i, view), left, right in zip(pairs, u, v, strict=True):
+        state[i][view] = (left, right)
+    vectors: Sequence[Vectors] = reference.power_iteration(oiks, state, n) if n else state
+    if store and n:
+        for old, new in zip(state, vectors, strict=True):
+            for view, pair in new.items():
+                for buffer, vector in zip(old[view], pair, strict=True):
+                    buffer.copy_(vector)
+    sigmas = [sigma for found in reference.sigmas(oiks, vectors) for sigma in found.values()]
+    return torch.stack(sigmas), torch.cat([x for found in vectors for pair in found.values() for x in pair])
+
+
+def _rescale(
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    sigma: Tensor,
+    vectors: Tensor,  # noqa: ARG001 - for the gradient
+    dims: Sequence[int],
+    view_bits: Sequence[int],
+    which: Sequence[int],
+    factors: Sequence[float],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[list[Tensor], Tensor]:
+    checks.weights(weights, dims, view_bits)
+    checks.numbers(len(weights), scales, which, factors, dtypes)
+    groups = torch.split(sigma, [bits.bit_count() for bits in view_bits])
+    means = torch.stack([group.mean() for group in groups])
+    tensors = [_scale(i, scales, which, factors, sigma.dtype) for i in range(len(weights))]
+    outputs = reference.rescale(weights, [{"mean": mean} for mean in means], tensors, dtypes)
+    return [_own(w, x) for w, x in zip(weights, outputs, strict=True)], means
+
+
+def _scale(
+    i: int, scales: Sequence[Tensor], which: Sequence[int], factors: Sequence[float], dtype: torch.dtype
+) -> float | Tensor:
+    return factors[i] if which[i] < 0 else scales[which[i]].to(dtype).reshape(()) * factors[i]
+
+
+def _own(like: Tensor, x: Tensor) -> Tensor:
+    """An op may not return one of its inputs, and returns the strides that its fake promises."""
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def _differentiable_backward(
+    gradients: Sequence[Tensor],
+    grad_sigma: Tensor,
+    bases: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    sigma: Tensor,
+    vectors: Tensor,
+    dims: Sequence[int],
+    view_bits: Sequence[int],
+    which: Sequence[int],
+    factors: Sequence[float],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``rescale_backward`` in differentiable torch: the kernel of devices that have none, and the second order."""
+    d_weights, d_scales = [], [torch.zeros_like(scale) for scale in scales]
+    for i, outer in enumerate(_outer_products(bases, vectors, dims, view_bits)):
+        g, base = gradients[i].to(sigma.dtype), bases[i].to(sigma.dtype)
+        zero = sigma[i] == 0
+        divisor = torch.where(zero, torch.ones_like(sigma[i]), sigma[i])
+        scale = _scale(i, scales, which, factors, sigma.dtype)
+        inner = (g * base).sum()
+        if which[i] >= 0:
+            d_scales[which[i]] = d_scales[which[i]] + (inner / divisor * factors[i]).to(scales[which[i]].dtype)
+            inner = inner * scale / divisor
+        along = grad_sigma[i] - torch.where(zero, torch.zeros_like(inner), inner / divisor)
+        d_weights.append((scale / divisor * g + along * outer).to(dtypes[i]))
+    return d_weights, d_scales
+
+
+def _outer_products(
+    weights: Sequence[Tensor], vectors: Tensor, dims: Sequence[int], view_bits: Sequence[int]
+) -> list[Tensor]:
+    """The mean of u v^T over the views of each weight, laid back onto the weight."""
+    products, start = [], 0
+    for w, dim, bits in zip(weights, dims, view_bits, strict=True):
+        moved = w.movedim(dim, 0)
+        o, i, k = moved.shape[0], moved.shape[1], moved[0, 0].numel()
+        total = vectors.new_zeros((o, i, k))
+        for view in (view for view, bit in VIEW_BITS.items() if bits & bit):
+            sizes = [o, i * k] if view == "out" else [o * k, i]
+            u, v = torch.split(vectors[start : start + sum(sizes)], sizes)
+            outer = torch.outer(u, v)
+            total = total + (outer.view(o, i, k) if view == "out" else outer.view(o, k, i).transpose(1, 2))
+            start += sum(sizes)
+        products.append((total / bits.bit_count()).view(moved.shape).movedim(0, dim))
+    return products
+
+
+def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    d_weights, d_scales = _differentiable_backward(*arguments)
+    return [_own(base, dw) for base, dw in zip(arguments[2], d_weights, strict=True)], d_scales
+
+
+for _name, _kernel in (
+    ("power_iteration_", _power_iteration),
+    ("rescale", _rescale),
+    ("rescale_backward", _rescale_backward),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+# The rules of differentiation, for devices whose kernels do not bring their own.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    weights, scales, _, vectors, dims, view_bits, which, factors, _ = inputs
+    bases = [w if place >= 0 else out for w, out, place in zip(weights, output[0], which, strict=True)]
+    ctx.save_for_backward(*bases, *scales, output[1], vectors)
+    ctx.numbers = [dims, view_bits, which, factors, [w.dtype for w in weights]]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, gradients: list[Tensor | None], grad_sigma: Tensor | None) -> tuple[Any, ...]:
+    *saved, sigma, vectors = ctx.saved_tensors
+    count = len(gradients)
+    bases, scales = saved[:count], saved[count:]
+    # A weight that was not used gets no gradient, rather than one of zeros.
+    used = [i for i in range(count) if gradients[i] is not None or grad_sigma is not None]
+    d_weights: list[Tensor | None] = [None] * count
+    d_scales: list[Tensor | None] = [None] * len(scales)
+    if used:
+        given = [gradients[i] if gradients[i] is not None else torch.zeros_like(bases[i]) for i in used]
+        sizes = [_vector_size(b, *n) for b, *n in zip(bases, *ctx.numbers[:2], strict=True)]
+        parts = torch.split(vectors, sizes)
+        found, d_scales = rescale_backward(  # type: ignore[assignment]
+            given,
+            torch.zeros_like(sigma[used]) if grad_sigma is None else grad_sigma[used],
+            [bases[i] for i in used],
+            scales,
+            sigma[used],
+            torch.cat([parts[i] for i in used]),
+            *([numbers[i] for i in used] for numbers in ctx.numbers),
+        )
+        for i, dw in zip(used, found, strict=True):
+            d_weights[i] = dw
+    return d_weights, d_scales, None, None, None, None, None, None, None
+
+
+def _vector_size(weight: Tensor, dim: int, bits: int) -> int:
+    o, i, n = weight.shape[dim], weight.shape[1 if dim == 0 else 0], weight.numel()
+    return (o + n // o) * (bits & 1) + (n // i + i) * (bits >> 1)
+
+
+torch.library.register_autograd("fastsn::rescale", _backward, setup_context=_save, lib=_LIBRARY)
+
+
+def _rescale_backward_autograd(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    if torch.is_grad_enabled():
+        return _differentiable_backward(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return rescale_backward(*arguments)  # type: ignore[no-any-return]
+
+
+_LIBRARY.impl("rescale_backward", _rescale_backward_autograd, "Autograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_vmap("fastsn::rescale", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _rescale_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Sample by sample: a batch of networks is a longer list."""
+
+    def sample(x: Tensor, dim: int | None, i: int) -> Tensor:
+        return x if dim is None else x.select(dim, i)
+
+    results = []
+    for i in range(info.batch_size):
+        tensors = [[sample(x, d, i) for x, d in zip(arguments[j], in_dims[j], strict=True)] for j in (0, 1)]
+        flat = [sample(arguments[j], in_dims[j], i) for j in (2, 3)]
+        results.append(rescale(*tensors, *flat, *arguments[4:]))
+    outputs = [torch.stack(same) for same in zip(*(outputs for outputs, _ in results), strict=True)]
+    return (outputs, torch.stack([mean for _, mean in results])), ([0] * len(outputs), 0)

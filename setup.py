@@ -1,0 +1,81 @@
+"""Builds the C++ kernels where torch and a compiler are at hand; without them the package installs all the same.
+
+Everything else about the package is in pyproject.toml. Environment: FASTSN_WERROR=1 makes warnings errors (CI),
+FASTSN_SANITIZE=address,undefined builds with sanitizers (make sanitize).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+# Read by fastsn/backends.py: only the build knows why it came to nothing.
+REASON = "_C_missing.txt"
+
+
+def flags() -> list[str]:
+    """Nothing here may depend on the machine that builds: instruction sets are chosen in the source, at run time."""
+    found = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    found += ["-Wno-unused-parameter", "-Wno-psabi"]  # torch's headers; vectors that never leave a function
+    if os.environ.get("FASTSN_WERROR") == "1":
+        found.append("-Werror")
+    return found + (sanitizers() or ["-g0"])
+
+
+def sanitizers() -> list[str]:
+    """What both the compiler and the linker have to be told."""
+    names = os.environ.get("FASTSN_SANITIZE")
+    return [f"-fsanitize={names}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"] if names else []
+
+
+def extension() -> dict[str, Any]:
+    """The arguments of setup() that build the kernels; none where torch is missing."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        print(f"fastsn: no C++ kernels, torch cannot be imported here: {error}", file=sys.stderr)
+        return {}
+
+    class Build(BuildExtension):
+        """A build that fails leaves behind why, and lets the installation go on."""
+
+        def build_extensions(self) -> None:
+            reason = Path(self.build_lib) / "fastsn" / REASON
+            if self.inplace or self.editable_mode:
+                reason = Path("fastsn") / REASON
+            reason.unlink(missing_ok=True)
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if os.environ.get("FASTSN_WERROR") == "1":
+                    raise
+                reason.parent.mkdir(parents=True, exist_ok=True)
+                reason.write_text(f"building them failed: {' '.join(str(error).split())[:500]}\n")
+                print(f"fastsn: no C++ kernels, {reason.read_text()}", file=sys.stderr)
+
+    # The name says which torch it belongs to: torch's C++ interface changes with every minor version. Python's own
+    # interface is not used, so one file serves all versions of Python.
+    major, minor = torch.__version__.split(".")[:2]
+    kernels = CppExtension(
+        f"fastsn._C_torch{major}_{minor}",
+        SOURCES,
+        extra_compile_args=flags(),
+        extra_link_args=sanitizers(),
+        py_limited_api=True,
+        optional=True,
+        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+    )
+    return {
+        "ext_modules": [kernels],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**extension())
