@@ -1,4 +1,4 @@
-// fastsn::power_iteration_ for CPU tensors: u <- M v / |M v|, v <- M^T u / |M^T u| for every view of every weight.
+// fastsn::power_iteration for CPU tensors: u <- M v / |M v|, v <- M^T u / |M^T u| for every view of every weight.
 //
 // Rows that are output channels: the local half of a block of rows gives its entries of u, which the accumulating half
 // then takes while the block is still in the cache: one read of the weight per iteration. The accumulated vector is not
@@ -12,6 +12,7 @@
 #include <limits>
 #include <tuple>
 
+#include "ops.h"
 #include "weights.h"
 
 namespace fastsn {
@@ -348,10 +349,8 @@ void run(const std::vector<Weight>& weights, at::TensorList u, at::TensorList v,
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> power_iteration(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                           at::IntArrayRef dims, at::IntArrayRef views, int64_t n, bool store) {
+std::tuple<Tensor, Tensor> checked(at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef dims,
+                                   at::IntArrayRef views, int64_t n, bool store) {
   Sizes sizes;
   const std::vector<Weight> list = read_weights(weights, dims, views, "weights", &sizes);
   TORCH_CHECK_VALUE(n >= 0, "n must be at least 0, got ", n);
@@ -378,6 +377,18 @@ std::tuple<Tensor, Tensor> power_iteration(at::TensorList weights, at::TensorLis
   else
     run<float>(list, u, v, n, store, sigmas, vectors);
   return {sigmas, vectors};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> power_iteration(at::TensorList weights, at::TensorList u, at::TensorList v,
+                                           at::IntArrayRef dims, at::IntArrayRef views, int64_t n) {
+  return checked(weights, u, v, dims, views, n, false);
+}
+
+std::tuple<Tensor, Tensor> power_iteration_(at::TensorList weights, at::TensorList u, at::TensorList v,
+                                            at::IntArrayRef dims, at::IntArrayRef views, int64_t n) {
+  return checked(weights, u, v, dims, views, n, true);
 }
 
 }  // namespace fastsn

@@ -188,7 +188,8 @@ TORCH_LIBRARY_FRAGMENT(fastsn, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastsn, CPU, m) {
-  m.impl("power_iteration_", &fastsn::power_iteration);
+  m.impl("power_iteration", &fastsn::power_iteration);
+  m.impl("power_iteration_", &fastsn::power_iteration_);
   m.impl("rescale", &fastsn::rescale);
   m.impl("rescale_backward", &fastsn::rescale_backward);
 }

@@ -78,7 +78,7 @@ def _load_cpp() -> Backend:
     files = sorted(folder.glob("_C_torch*"))
     for path in (path for path in files if path.name.startswith(ours)):
         try:
-            torch.ops.load_library(path)
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError) as error:
             return Backend(False, f"{path.name} cannot be loaded: {error}")
         return Backend(True, f"C++ kernels, {torch.ops.fastsn._instruction_set()}")

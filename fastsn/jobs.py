@@ -35,8 +35,8 @@ class Normalised(NamedTuple):
         """The vectors by view; the kernels give them end to end, and they are rarely asked for."""
         if not isinstance(self.made_with, Tensor):
             return self.made_with
-        parts = iter(torch.split(self.made_with, [x.numel() for pair in job.vectors.values() for x in pair]))
-        return {view: (next(parts), next(parts)) for view in job.vectors}
+        parts = torch.split(self.made_with, [x.numel() for pair in job.vectors.values() for x in pair])
+        return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(job.vectors)}
 
 
 def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
@@ -59,11 +59,11 @@ def iterate(job: Job, n: int) -> None:
     if chosen(job.impl, job.weight) == "reference":
         _iterate_reference([job], n, True)
     else:
-        ops.power_iteration_(*_lists([job]), n, True)
+        ops.power_iteration_(*_lists([job]), n)
 
 
 def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:
-    """What power_iteration_ takes of the jobs."""
+    """What power_iteration takes of the jobs."""
     u, v = [], []
     for job in jobs:
         for pair in job.vectors.values():
@@ -75,7 +75,7 @@ def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor
 
 def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     lists = _lists(jobs)
-    sigma, vectors = ops.power_iteration_(*lists, n, store)
+    sigma, vectors = (ops.power_iteration_ if store and n else ops.power_iteration)(*lists, n)
     scales: list[Tensor] = []
     which, factors = [], []
     for job in jobs:

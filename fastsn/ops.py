@@ -2,9 +2,10 @@
 
 Each takes all weights of a call (design: section 4), so that a network costs as many calls as a layer::
 
-    power_iteration_(weights, u, v, dims, views, n, store) -> (sigma, vectors)
-        n rounds on every view of every weight from (u, v), written back into them if ``store``. vectors: private copies
-        of (u, v) as they are afterwards, end to end; sigma: u^T M v of each view. n = 0 measures.
+    power_iteration(weights, u, v, dims, views, n) -> (sigma, vectors)
+        n rounds on every view of every weight from (u, v). vectors: copies of (u, v) as they are afterwards, end to
+        end; sigma: u^T M v of each view. n = 0 measures.
+    power_iteration_: the same, and writes u and v back in place.
     rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes) -> ([W̄], mean sigma)
         W̄ = c W / mean(sigma of its views), in the given dtypes. Both results are differentiable in weights and scales,
         to any order, with u and v held constant.
@@ -36,7 +37,8 @@ VIEW_BITS = {"out": 1, "in": 2}
 _LIBRARY = torch.library.Library("fastsn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _NUMBERS = "int[] dims, int[] views, int[] which, float[] factors, ScalarType[] dtypes"
 for _schema in (
-    "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int[] dims, int[] views, int n, bool store)"
+    "power_iteration(Tensor[] weights, Tensor[] u, Tensor[] v, int[] dims, int[] views, int n) -> (Tensor, Tensor)",
+    "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int[] dims, int[] views, int n)"
     " -> (Tensor, Tensor)",
     f"rescale(Tensor[] weights, Tensor[] scales, Tensor sigma, Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor)",
     "rescale_backward(Tensor[] gradients, Tensor grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
@@ -44,6 +46,7 @@ for _schema in (
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
+power_iteration = torch.ops.fastsn.power_iteration.default
 power_iteration_ = torch.ops.fastsn.power_iteration_.default
 rescale = torch.ops.fastsn.rescale.default
 rescale_backward = torch.ops.fastsn.rescale_backward.default
@@ -52,6 +55,7 @@ rescale_backward = torch.ops.fastsn.rescale_backward.default
 # What the ops give, without computing it.
 
 
+@torch.library.register_fake("fastsn::power_iteration", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 @torch.library.register_fake("fastsn::power_iteration_", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_power_iteration(
     weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any
@@ -84,7 +88,6 @@ def _power_iteration(
     dims: Sequence[int],
     view_bits: Sequence[int],
     n: int,
-    store: bool,
 ) -> tuple[Tensor, Tensor]:
     checks.weights(weights, dims, view_bits)
     pairs = [(i, view) for i, bits in enumerate(view_bits) for view, bit in VIEW_BITS.items() if bits & bit]
@@ -96,13 +99,16 @@ def _power_iteration(
     for (i, view), left, right in zip(pairs, u, v, strict=True):
         state[i][view] = (left, right)
     vectors: Sequence[Vectors] = reference.power_iteration(oiks, state, n) if n else state
-    if store and n:
-        for old, new in zip(state, vectors, strict=True):
-            for view, pair in new.items():
-                for buffer, vector in zip(old[view], pair, strict=True):
-                    buffer.copy_(vector)
     sigmas = [sigma for found in reference.sigmas(oiks, vectors) for sigma in found.values()]
     return torch.stack(sigmas), torch.cat([x for found in vectors for pair in found.values() for x in pair])
+
+
+def _power_iteration_(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> Any:
+    sigmas, vectors = _power_iteration(weights, u, v, *rest)
+    buffers = [x for pair in zip(u, v, strict=True) for x in pair]
+    for buffer, vector in zip(buffers, torch.split(vectors, [x.numel() for x in buffers]), strict=True):
+        buffer.copy_(vector)
+    return sigmas, vectors
 
 
 def _rescale(
@@ -190,7 +196,8 @@ def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 for _name, _kernel in (
-    ("power_iteration_", _power_iteration),
+    ("power_iteration", _power_iteration),
+    ("power_iteration_", _power_iteration_),
     ("rescale", _rescale),
     ("rescale_backward", _rescale_backward),
 ):
@@ -220,7 +227,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None], grad_sigma: Tensor | Non
         given = [gradients[i] if gradients[i] is not None else torch.zeros_like(bases[i]) for i in used]
         sizes = [_vector_size(b, *n) for b, *n in zip(bases, *ctx.numbers[:2], strict=True)]
         parts = torch.split(vectors, sizes)
-        found, d_scales = rescale_backward(  # type: ignore[assignment]
+        found, d_scales = rescale_backward(
             given,
             torch.zeros_like(sigma[used]) if grad_sigma is None else grad_sigma[used],
             [bases[i] for i in used],
