@@ -43,13 +43,28 @@ int64_t period(const Shape& s) {
   return s.k / a * lanes<A>();
 }
 
+// Whole periods, as many as make a loop worth its start.
+template <class A>
+int64_t span(const Shape& s) {
+  const int64_t one = period<A>(s), least = 8 * lanes<A>();
+  return (least + one - 1) / one * one;
+}
+
+// Elements of scratch that the loops need: a span for each row, and room for a vector that reaches past the end.
+template <class A>
+int64_t inner_size(const Shape& s) {
+  return kRows * span<A>(s) + padded<A>(s.k) + lanes<A>();
+}
+
 template <class A>
 struct Kernels {
   // p (may be null): kRows results. q (may be null): kRows x K results; x, z: padded; for "bk" z is spread to n
-  // elements, z[b] at b·K + k. scratch: kRows x period.
+  // elements, z[b] at b·K + k. scratch: inner_size.
   void (*local)(const A* const* rows, const Shape& s, const A* x, const A* z, A* p, A* q, A* scratch);
-  // Adds to x and z (padded; z spread as above for "bk"). p or q null: that matrix is left out.
-  void (*accumulate)(const A* const* rows, const Shape& s, const A* p, const A* q, A* x, A* z, A* scratch);
+  // Adds to x and z (padded; z spread as above for "bk"). p or q null: that matrix is left out. next: the rows that
+  // come after these, to be fetched meanwhile (never read).
+  void (*accumulate)(const A* const* rows, const A* const* next, const Shape& s, const A* p, const A* q, A* x, A* z,
+                     A* scratch);
   // out = (w · inverse) · scale: two roundings, so that BSSN is exactly scale times BSN.
   void (*rescale)(const A* w, A* out, int64_t n, A inverse, A scale);
   double (*dot)(const A* a, const A* b, int64_t n);

@@ -42,6 +42,13 @@ FN V<A> load_some(const A* p, int64_t n) {
 }
 
 template <class A>
+FN void store_some(A* p, const V<A>& x, int64_t n) {
+  A part[lanes<A>()];
+  store(part, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+template <class A>
 FN A sum(const V<A>& x) {
   A part[lanes<A>()];
   store(part, x);
@@ -105,32 +112,54 @@ FN void store_rows(const Four<A>& x, A* out, int64_t stride) {
   store(out + 3 * stride, x.w3);
 }
 
+// Sums up the classes of one row: out[k] = sum over g of classes[g·K + k]. Vectors reach past a group into the next, or
+// into what pads the buffer; those lanes are dropped.
+template <class A>
+FN void fold(const A* classes, int64_t k, int64_t used, A* out) {
+  for (int64_t c = 0; c < k; c += lanes<A>()) {
+    V<A> sum = {};
+    for (int64_t j = c; j < used; j += k) sum += load(classes + j);
+    if (k - c >= lanes<A>())
+      store(out + c, sum);
+    else
+      store_some(out + c, sum, k - c);
+  }
+}
+
+// The inverse: lays the classes of a row over a span. What a vector writes too far, into the next group or into what
+// pads the buffer, is overwritten by what comes after it: groups upwards, vectors within a group downwards.
+template <class A>
+FN void spread(const A* q, int64_t k, int64_t period, int64_t span, A* out) {
+  for (int64_t c = (k - 1) / lanes<A>() * lanes<A>(); c >= 0; c -= lanes<A>()) {
+    const V<A> part = k - c >= lanes<A>() ? load(q + c) : load_some(q + c, k - c);
+    for (int64_t j = c; j < period; j += k) store(out + j, part);
+  }
+  for (int64_t j = period; j < span; j += lanes<A>()) store(out + j, load(out + j - period));
+}
+
 // "bk": the class of a lane repeats after `period` elements, which are added up per class at the end. One: the period
 // is a single vector (K is a power of two up to the lanes), and the sums stay in registers.
 template <class A, bool P, bool Q, bool One>
 FN void local_bk(const A* const* rows, const Shape& s, int64_t period, const A* x, const A* z, A* p, A* q, A* classes) {
-  const int64_t n = s.n();
+  const int64_t n = s.n(), run = Q && !One ? period : n;
   Four<A> sums = {}, one = {};
   if (Q && !One) clear(classes, kRows * period);
-  for (int64_t begin = 0; begin < n; begin += period) {
-    const int64_t length = n - begin < period ? n - begin : period;
-    for (int64_t j = 0; j < length; j += lanes<A>()) {
-      const int64_t left = length - j;
-      const Four<A> w = left >= lanes<A>() ? load_rows(rows, begin + j) : load_rows_some(rows, begin + j, left);
-      if (P) add_product(sums, w, load(x + begin + j));
-      if (Q && One) add_product(one, w, load(z + begin + j));
-      if (Q && !One) add_product(classes + j, period, w, load(z + begin + j));
-    }
+  const auto step = [&](const Four<A>& w, int64_t at, int64_t j) FASTSN_TARGET __attribute__((always_inline)) {
+    if (P) add_product(sums, w, load(x + at));
+    if (Q && One) add_product(one, w, load(z + at));
+    if (Q && !One) add_product(classes + j, period, w, load(z + at));
+  };
+  for (int64_t begin = 0; begin < n; begin += run) {
+    const int64_t length = n - begin < run ? n - begin : run;
+    int64_t j = 0;
+    for (; j + lanes<A>() <= length; j += lanes<A>()) step(load_rows(rows, begin + j), begin + j, j);
+    if (j < length) step(load_rows_some(rows, begin + j, length - j), begin + j, j);
   }
   if (P) store_sums(sums, p, 1);
   if (!Q) return;
   if (One) store_rows(one, classes, period);
   const int64_t used = n < period ? n : period;
-  for (int r = 0; r < kRows; ++r) {
-    clear(q + r * s.k, s.k);
-    for (int64_t j = 0; j < used; j += s.k)
-      for (int64_t k = 0; k < s.k; ++k) q[r * s.k + k] += classes[r * period + j + k];
-  }
+  for (int r = 0; r < kRows; ++r) fold(classes + r * period, s.k, used, q + r * s.k);
 }
 
 template <class A, bool P, bool Q>
@@ -138,12 +167,13 @@ FN void local_kb(const A* const* rows, const Shape& s, const A* x, const A* z, A
   Four<A> sums = {};
   for (int64_t k = 0; k < s.k; ++k) {
     Four<A> segment = {};
-    for (int64_t b = 0; b < s.b; b += lanes<A>()) {
-      const int64_t at = k * s.b + b, left = s.b - b;
-      const Four<A> w = left >= lanes<A>() ? load_rows(rows, at) : load_rows_some(rows, at, left);
-      if (P) add_product(sums, w, load(x + at));
+    const auto step = [&](const Four<A>& w, int64_t b) FASTSN_TARGET __attribute__((always_inline)) {
+      if (P) add_product(sums, w, load(x + k * s.b + b));
       if (Q) add_product(segment, w, load(z + b));
-    }
+    };
+    int64_t b = 0;
+    for (; b + lanes<A>() <= s.b; b += lanes<A>()) step(load_rows(rows, k * s.b + b), b);
+    if (b < s.b) step(load_rows_some(rows, k * s.b + b, s.b - b), b);
     if (Q) store_sums(segment, q + k, s.k);
   }
   if (P) store_sums(sums, p, 1);
@@ -165,56 +195,67 @@ ENTRY void local(const A* const* rows, const Shape& s, const A* x, const A* z, A
   return local_bk<A, false, true, false>(rows, s, period, x, z, p, q, scratch);
 }
 
-// Spread the classes of a row over one period.
+// Fetches what the next block of rows will need while this one is worked on: the rows go through twice, and only the
+// first time do they come from far away.
 template <class A>
-FN void spread(const A* q, int64_t k, int64_t used, A* out) {
-  for (int64_t j = 0; j < used; j += k)
-    for (int64_t i = 0; i < k; ++i) out[j + i] = q[i];
+FN void prefetch(const A* const* next, int64_t at) {
+  for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + at, 0, 2);
 }
 
 template <class A, bool P, bool Q>
-FN void accumulate_bk(const A* const* rows, const Shape& s, const A* p, const A* q, A* x, A* z, A* classes) {
-  const int64_t n = s.n(), period = Q ? fastsn::period<A>(s) : padded<A>(n);
+FN void accumulate_bk(const A* const* rows, const A* const* next, const Shape& s, const A* p, const A* q, A* x, A* z,
+                      A* classes) {
+  const int64_t n = s.n(), run = Q ? span<A>(s) : n;
   if (Q)
-    for (int r = 0; r < kRows; ++r) spread(q + r * s.k, s.k, n < period ? n : period, classes + r * period);
-  for (int64_t begin = 0; begin < n; begin += period) {
-    const int64_t length = n - begin < period ? n - begin : period;
-    for (int64_t j = 0; j < length; j += lanes<A>()) {
-      const int64_t at = begin + j, left = length - j;
-      const Four<A> w = left >= lanes<A>() ? load_rows(rows, at) : load_rows_some(rows, at, left);
-      if (P) store(x + at, V<A>(load(x + at) + ((w.w0 * p[0] + w.w1 * p[1]) + (w.w2 * p[2] + w.w3 * p[3]))));
-      if (Q) {
-        const Four<A> c = {load(classes + j), load(classes + j + period), load(classes + j + 2 * period),
-                           load(classes + j + 3 * period)};
-        store(z + at, V<A>(load(z + at) + ((w.w0 * c.w0 + w.w1 * c.w1) + (w.w2 * c.w2 + w.w3 * c.w3))));
-      }
+    for (int r = 0; r < kRows; ++r) spread(q + r * s.k, s.k, fastsn::period<A>(s), run, classes + r * run);
+  const A* const spreads[kRows] = {classes, classes + run, classes + 2 * run, classes + 3 * run};
+  const auto step = [&](const Four<A>& w, int64_t at, int64_t j) FASTSN_TARGET __attribute__((always_inline)) {
+    if (P) store(x + at, V<A>(load(x + at) + ((w.w0 * p[0] + w.w1 * p[1]) + (w.w2 * p[2] + w.w3 * p[3]))));
+    if (Q) {
+      const Four<A> c = load_rows(spreads, j);
+      store(z + at, V<A>(load(z + at) + ((w.w0 * c.w0 + w.w1 * c.w1) + (w.w2 * c.w2 + w.w3 * c.w3))));
     }
+  };
+  for (int64_t begin = 0; begin < n; begin += run) {
+    const int64_t length = n - begin < run ? n - begin : run;
+    int64_t j = 0;
+    for (; j + lanes<A>() <= length; j += lanes<A>()) {
+      prefetch(next, begin + j);
+      step(load_rows(rows, begin + j), begin + j, j);
+    }
+    if (j < length) step(load_rows_some(rows, begin + j, length - j), begin + j, j);
   }
 }
 
 template <class A, bool P, bool Q>
-FN void accumulate_kb(const A* const* rows, const Shape& s, const A* p, const A* q, A* x, A* z) {
+FN void accumulate_kb(const A* const* rows, const A* const* next, const Shape& s, const A* p, const A* q, A* x, A* z) {
   for (int64_t k = 0; k < s.k; ++k) {
     const A *q0 = q + k, *q1 = q0 + s.k, *q2 = q1 + s.k, *q3 = q2 + s.k;
-    for (int64_t b = 0; b < s.b; b += lanes<A>()) {
-      const int64_t at = k * s.b + b, left = s.b - b;
-      const Four<A> w = left >= lanes<A>() ? load_rows(rows, at) : load_rows_some(rows, at, left);
-      if (P) store(x + at, V<A>(load(x + at) + ((w.w0 * p[0] + w.w1 * p[1]) + (w.w2 * p[2] + w.w3 * p[3]))));
+    const auto step = [&](const Four<A>& w, int64_t b) FASTSN_TARGET __attribute__((always_inline)) {
+      A* const to = x + k * s.b + b;
+      if (P) store(to, V<A>(load(to) + ((w.w0 * p[0] + w.w1 * p[1]) + (w.w2 * p[2] + w.w3 * p[3]))));
       if (Q) store(z + b, V<A>(load(z + b) + ((w.w0 * *q0 + w.w1 * *q1) + (w.w2 * *q2 + w.w3 * *q3))));
+    };
+    int64_t b = 0;
+    for (; b + lanes<A>() <= s.b; b += lanes<A>()) {
+      prefetch(next, k * s.b + b);
+      step(load_rows(rows, k * s.b + b), b);
     }
+    if (b < s.b) step(load_rows_some(rows, k * s.b + b, s.b - b), b);
   }
 }
 
 template <class A>
-ENTRY void accumulate(const A* const* rows, const Shape& s, const A* p, const A* q, A* x, A* z, A* scratch) {
+ENTRY void accumulate(const A* const* rows, const A* const* next, const Shape& s, const A* p, const A* q, A* x, A* z,
+                      A* scratch) {
   if (s.kb) {
-    if (p && q) return accumulate_kb<A, true, true>(rows, s, p, q, x, z);
-    if (p) return accumulate_kb<A, true, false>(rows, s, p, q, x, z);
-    return accumulate_kb<A, false, true>(rows, s, p, q, x, z);
+    if (p && q) return accumulate_kb<A, true, true>(rows, next, s, p, q, x, z);
+    if (p) return accumulate_kb<A, true, false>(rows, next, s, p, q, x, z);
+    return accumulate_kb<A, false, true>(rows, next, s, p, q, x, z);
   }
-  if (p && q) return accumulate_bk<A, true, true>(rows, s, p, q, x, z, scratch);
-  if (p) return accumulate_bk<A, true, false>(rows, s, p, q, x, z, scratch);
-  return accumulate_bk<A, false, true>(rows, s, p, q, x, z, scratch);
+  if (p && q) return accumulate_bk<A, true, true>(rows, next, s, p, q, x, z, scratch);
+  if (p) return accumulate_bk<A, true, false>(rows, next, s, p, q, x, z, scratch);
+  return accumulate_bk<A, false, true>(rows, next, s, p, q, x, z, scratch);
 }
 
 template <class A>
@@ -242,10 +283,10 @@ ENTRY double dot(const A* a, const A* b, int64_t n) {
 
 template <class A, bool P, bool Q>
 FN void gradient_bk(const A* g, const Shape& s, A alpha, A p, const A* x, const A* q, const A* z, A* out, A* classes) {
-  const int64_t n = s.n(), period = Q ? fastsn::period<A>(s) : padded<A>(n);
-  if (Q) spread(q, s.k, n < period ? n : period, classes);
-  for (int64_t begin = 0; begin < n; begin += period) {
-    const int64_t length = n - begin < period ? n - begin : period;
+  const int64_t n = s.n(), run = Q ? span<A>(s) : n;
+  if (Q) spread(q, s.k, fastsn::period<A>(s), run, classes);
+  for (int64_t begin = 0; begin < n; begin += run) {
+    const int64_t length = n - begin < run ? n - begin : run;
     int64_t j = 0;
     for (; j + lanes<A>() <= length; j += lanes<A>()) {
       V<A> sum = load(g + begin + j) * alpha;

@@ -109,22 +109,25 @@ struct Job {
   // The given halves over the rows of one piece.
   void work(int64_t piece, int halves) const {
     const Shape& s = shape();
-    const int64_t n = s.n(), wide_n = padded<A>(n), wide_period = kRows * period<A>(s);
-    A* memory = scratch<A>((kRows + 1) * wide_n + wide_period, 0);
+    const int64_t n = s.n(), wide_n = padded<A>(n);
+    A* const memory = scratch<A>((kRows + 1) * wide_n + inner_size<A>(s), 0);
     A* const zeros = memory + kRows * wide_n;
     A* const inner = zeros + wide_n;
     std::memset(zeros, 0, wide_n * sizeof(A));
     if (halves & kAccumulate) std::memset(x_sums(piece), 0, (x_size + z_size) * sizeof(A));
     const int64_t end = std::min(rows(), (piece + 1) * piece_rows);
+    const auto at = [&](int64_t row) { return row * weight->rows.stride; };
     for (int64_t row = piece * piece_rows; row < end; row += kRows) {
-      const A* block[kRows];
-      for (int r = 0; r < kRows; ++r)
-        block[r] = row + r < end ? widened<A>(weight->rows.tensor, (row + r) * weight->rows.stride, n, memory + r * wide_n)
-                                 : zeros;
+      const A *block[kRows], *next[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        block[r] = row + r < end ? widened<A>(weight->rows.tensor, at(row + r), n, memory + r * wide_n) : zeros;
+        next[r] = row + r + kRows < end ? placed<A>(weight->rows.tensor, at(row + r + kRows), zeros) : zeros;
+      }
       A* const block_p = p_unit ? p + row : nullptr;
       A* const block_q = q_unit ? q + row * s.k : nullptr;
       if (halves & kLocal) kernels<A>().local(block, s, x, z, block_p, block_q, inner);
-      if (halves & kAccumulate) kernels<A>().accumulate(block, s, block_p, block_q, x_sums(piece), z_sums(piece), inner);
+      if (halves & kAccumulate)
+        kernels<A>().accumulate(block, next, s, block_p, block_q, x_sums(piece), z_sums(piece), inner);
     }
   }
 

@@ -9,6 +9,7 @@
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
+#include <thread>
 
 #include "weights.h"
 
@@ -106,8 +107,9 @@ void forward(const std::vector<Weight>& weights, const std::vector<double>& scal
              const std::vector<Result>& results) {
   bool parallel;
   const std::vector<Item> work = items(weights, &parallel);
-  for_each(static_cast<int64_t>(work.size()), parallel, [&](int64_t i) {
-    const Item& item = work[i];
+  const int64_t count = static_cast<int64_t>(work.size());
+  for_each(count, parallel, [&](int64_t i) {
+    const Item& item = work[count - 1 - i];  // backwards: what was iterated last is still in the cache
     const Weight& w = weights[item.weight];
     const Rows& out = results[item.weight].rows;
     const A sigma = sigmas[item.weight], inverse = A(1) / (sigma == 0 ? A(1) : sigma);
@@ -172,57 +174,122 @@ struct Outer {
 struct Gradient {
   Rows g, base;
   Result result;
+  double scale;
+  bool base_is_weight;  // otherwise W̄
 };
 
+// The gradient of a whole call. G is read twice, once for <G, W̄> of the whole weight and once for dW. Each weight's dW
+// follows one weight behind its <G, W̄>, so that where it fits, G comes from the cache the second time.
 template <class A>
-void backward(const std::vector<Weight>& weights, const std::vector<Gradient>& gradients, const A* vectors,
-              const std::vector<double>& scales, const std::vector<bool>& of_weight, const A* sigmas, const A* g_sigma,
-              double* d_scale) {
-  bool parallel;
-  const std::vector<Item> work = items(weights, &parallel);
-  std::vector<double> dots(work.size());
-  for_each(static_cast<int64_t>(work.size()), parallel, [&](int64_t i) {
-    const Item& item = work[i];
-    const Gradient& gradient = gradients[item.weight];
-    A* const memory = scratch<A>(2 * kBlock, 0);
-    runs(gradient.g, gradient.base, weights[item.weight].n(), item.begin, item.end, [&](int64_t a, int64_t b, int64_t n) {
-      dots[i] += kernels<A>().dot(widened<A>(gradient.g.tensor, a, n, memory),
-                                  widened<A>(gradient.base.tensor, b, n, memory + kBlock), n);
-    });
-  });
-  std::vector<double> dot(weights.size());
-  for (size_t i = 0; i < work.size(); ++i) dot[work[i].weight] += dots[i];
-  std::vector<Outer<A>> outer(weights.size());
-  std::vector<A> alpha(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const bool zero = sigmas[i] == 0;
-    const double sigma = zero ? 1 : sigmas[i];
-    // <G, W̄>, from W̄ or from W
-    const double inner = of_weight[i] ? dot[i] * (scales[i] / sigma) : dot[i];
-    d_scale[i] = of_weight[i] ? dot[i] / sigma : 0;
-    const double factor = (g_sigma ? g_sigma[i] : 0) - (zero ? 0 : inner / sigma);
-    alpha[i] = static_cast<A>(scales[i] / sigma);
-    outer[i] = Outer<A>(weights[i], vectors, factor / weights[i].views());
+class Backward {
+ public:
+  Backward(const std::vector<Weight>& weights, const std::vector<Gradient>& gradients, const A* vectors, const A* sigmas,
+           const A* g_sigmas)
+      : weights_(weights), gradients_(gradients), vectors_(vectors), sigmas_(sigmas), g_sigmas_(g_sigmas),
+        states_(weights.size()) {
+    pieces_ = items(weights, &parallel_);
+    dots_.resize(pieces_.size());
+    for (const Item& piece : pieces_) ++states_[piece.weight].pending;
+    // Pieces of a weight lie together: the inner products of weight i + 1 come before the rows of weight i.
+    size_t done = 0;
+    for (size_t i = 0; i <= pieces_.size(); ++i) {
+      while (done < i && (i == pieces_.size() || pieces_[done].weight + 1 < pieces_[i].weight))
+        work_.push_back({done++, true});
+      if (i < pieces_.size()) work_.push_back({i, false});
+    }
   }
-  for_each(static_cast<int64_t>(work.size()), parallel, [&](int64_t i) {
-    const Item& item = work[i];
-    const Weight& w = weights[item.weight];
-    const Gradient& gradient = gradients[item.weight];
-    const Outer<A>& o = outer[item.weight];
-    const Shape& s = w.arrangement.shape;
-    const int64_t n = s.n(), wide_n = padded<A>(n);
-    A* const memory = scratch<A>(2 * wide_n + period<A>(s), 0);
+
+  // d_scales: the derivative by the scale of each weight, where its base is the weight itself.
+  void run(double* d_scales) {
+    for_each(static_cast<int64_t>(work_.size()), parallel_, [&](int64_t i) {
+      const Work& work = work_[i];
+      const Item& piece = pieces_[work.piece];
+      State& state = states_[piece.weight];
+      if (work.rows) {
+        // Work is handed out in order, so what is waited for is being worked on, or has failed.
+        while (!state.ready.load(std::memory_order_acquire)) std::this_thread::yield();
+        rows(piece, state);
+        return;
+      }
+      const auto done = [&] {
+        if (state.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) settle(piece.weight, d_scales);
+      };
+      try {
+        dots_[work.piece] = dot(piece);
+      } catch (...) {
+        done();
+        throw;
+      }
+      done();
+    });
+  }
+
+ private:
+  struct Work {
+    size_t piece;
+    bool rows;  // dW, otherwise <G, W̄>
+  };
+  struct State {
+    Outer<A> outer;
+    A alpha = 0;
+    std::atomic<int64_t> pending{0};
+    std::atomic<bool> ready{false};
+  };
+
+  double dot(const Item& piece) const {
+    const Gradient& gradient = gradients_[piece.weight];
+    A* const memory = scratch<A>(2 * kBlock, 0);
+    double sum = 0;
+    runs(gradient.g, gradient.base, weights_[piece.weight].n(), piece.begin, piece.end,
+         [&](int64_t a, int64_t b, int64_t n) {
+           sum += kernels<A>().dot(widened<A>(gradient.g.tensor, a, n, memory),
+                                   widened<A>(gradient.base.tensor, b, n, memory + kBlock), n);
+         });
+    return sum;
+  }
+
+  // Once all of a weight's inner products are there: the coefficients of dW. Sums run in the order of the pieces.
+  void settle(size_t i, double* d_scales) {
+    State& state = states_[i];
+    double dot = 0;
+    for (size_t j = 0; j < pieces_.size(); ++j) dot += pieces_[j].weight == i ? dots_[j] : 0;
+    const bool zero = sigmas_[i] == 0;
+    const double sigma = zero ? 1 : sigmas_[i], factor = gradients_[i].scale / sigma;
+    d_scales[i] = dot / sigma;
+    const double inner = gradients_[i].base_is_weight ? dot * factor : dot;  // <G, W̄>
+    const double along = g_sigmas_[i] - (zero ? 0 : inner / sigma);
+    state.alpha = static_cast<A>(factor);
+    state.outer = Outer<A>(weights_[i], vectors_, along / weights_[i].views());
+    state.ready.store(true, std::memory_order_release);
+  }
+
+  void rows(const Item& piece, const State& state) const {
+    const Gradient& gradient = gradients_[piece.weight];
     const Rows& out = gradient.result.rows;
-    for (int64_t row = item.begin; row < item.end; ++row) {
+    const Outer<A>& o = state.outer;
+    const Shape& s = weights_[piece.weight].arrangement.shape;
+    const int64_t n = s.n(), wide_n = padded<A>(n);
+    A* const memory = scratch<A>(2 * wide_n + inner_size<A>(s), 0);
+    const A* const x = o.p.empty() ? nullptr : o.x.data();
+    const A* const z = o.q.empty() ? nullptr : o.z.data();
+    for (int64_t row = piece.begin; row < piece.end; ++row) {
       const A* const g = widened<A>(gradient.g.tensor, row * gradient.g.stride, n, memory);
       A* const place = target<A>(out.tensor, row * out.stride, memory + wide_n);
-      kernels<A>().gradient(g, s, alpha[item.weight], o.p.empty() ? A(0) : o.p[row], o.p.empty() ? nullptr : o.x.data(),
-                            o.q.empty() ? nullptr : o.q.data() + row * s.k, o.q.empty() ? nullptr : o.z.data(), place,
+      kernels<A>().gradient(g, s, state.alpha, x ? o.p[row] : A(0), x, z ? o.q.data() + row * s.k : nullptr, z, place,
                             memory + 2 * wide_n);
       narrowed<A>(out.tensor, row * out.stride, n, place);
     }
-  });
-}
+  }
+
+  const std::vector<Weight>& weights_;
+  const std::vector<Gradient>& gradients_;
+  const A *vectors_, *sigmas_, *g_sigmas_;
+  std::vector<State> states_;
+  std::vector<Item> pieces_;
+  std::vector<double> dots_;
+  std::vector<Work> work_;
+  bool parallel_ = false;
+};
 
 }  // namespace
 
@@ -277,8 +344,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
   TORCH_CHECK_VALUE(gradients.size() == list.size(), "gradients must have ", count, " entries, one per entry of bases, got ",
                     gradients.size());
   std::vector<Gradient> all;
-  std::vector<double> numbers, d_scale(list.size());
-  std::vector<bool> of_weight;
+  std::vector<double> d_scale(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     const Tensor &g = gradients[i], &base = bases[i];
     Weight& w = list[i];
@@ -296,17 +362,17 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
       gradient.g.tensor = fresh_like(base, g.scalar_type()).copy_(g);
       arranged(gradient.g.tensor, dims[i], w.arrangement, &gradient.g.stride);
     }
+    gradient.scale = scale_of(i, scales, which, factors);
+    gradient.base_is_weight = which[i] >= 0;
     all.push_back(std::move(gradient));
-    numbers.push_back(scale_of(i, scales, which, factors));
-    of_weight.push_back(which[i] >= 0);
   }
   const Tensor flat = vectors.contiguous(), sigmas = sigma.contiguous(), g_sigmas = g_sigma.contiguous();
   if (dtype == at::kDouble)
-    backward<double>(list, all, flat.const_data_ptr<double>(), numbers, of_weight, sigmas.const_data_ptr<double>(),
-                     g_sigmas.const_data_ptr<double>(), d_scale.data());
+    Backward<double>(list, all, flat.const_data_ptr<double>(), sigmas.const_data_ptr<double>(),
+                     g_sigmas.const_data_ptr<double>()).run(d_scale.data());
   else
-    backward<float>(list, all, flat.const_data_ptr<float>(), numbers, of_weight, sigmas.const_data_ptr<float>(),
-                    g_sigmas.const_data_ptr<float>(), d_scale.data());
+    Backward<float>(list, all, flat.const_data_ptr<float>(), sigmas.const_data_ptr<float>(),
+                    g_sigmas.const_data_ptr<float>()).run(d_scale.data());
   std::vector<Tensor> d_weights, d_scales;
   for (size_t i = 0; i < list.size(); ++i) {
     all[i].result.finish(dims[i]);

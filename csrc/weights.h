@@ -94,6 +94,12 @@ A* scratch(int64_t n, int slot);
 // Elements as A, converted into `buffer` unless they are A already.
 template <class A>
 const A* widened(const at::Tensor& tensor, int64_t offset, int64_t n, A* buffer);
+// Their place, if they are A already, otherwise `other`.
+template <class A>
+const A* placed(const at::Tensor& tensor, int64_t offset, const A* other) {
+  if (tensor.scalar_type() != c10::CppTypeToScalarType<A>::value) return other;
+  return static_cast<const A*>(tensor.const_data_ptr()) + offset;
+}
 // Where to write n elements of a tensor: the place itself, or `buffer`, which `narrowed` then writes there.
 template <class A>
 A* target(const at::Tensor& tensor, int64_t offset, A* buffer);
