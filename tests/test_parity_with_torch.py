@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,21 @@ import fastsn
 from shapes import TABLE, laid_out
 
 WRAPPERS = {"torch": parametrizations.spectral_norm, "fastsn": fastsn.spectral_norm}
+
+
+@pytest.fixture(autouse=True, params=["reference", "auto"])
+def impl(request, monkeypatch):
+    """Everything holds for the reference and for the kernels."""
+    monkeypatch.setitem(WRAPPERS, "fastsn", partial(fastsn.spectral_norm, impl=request.param))
+    return request.param
+
+
+def assert_same(theirs: torch.Tensor, ours: torch.Tensor, impl: str) -> None:
+    """The reference has torch's bits on contiguous float32; kernels sum in another order."""
+    if impl == "reference":
+        assert torch.equal(theirs, ours)
+    else:
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=2e-6)
 
 
 def discriminator(wrap) -> nn.Sequential:
@@ -39,14 +55,16 @@ def assert_same_state(a: nn.Module, b: nn.Module, context: object) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_200_training_steps_of_a_discriminator_equal_torchs(optimizer):
-    """Two forwards before each backward, evaluation in between, weights and buffers compared at every step."""
-    ours, theirs = discriminator(fastsn.spectral_norm), discriminator(parametrizations.spectral_norm)
+def test_200_training_steps_of_a_discriminator_equal_torchs(optimizer, impl):
+    """Two forwards before each backward, evaluation in between, weights and buffers compared at every step. Kernels in
+    float64: training, Adam's first steps most of all, makes more of a last bit than any tolerance of float32."""
+    dtype = torch.float32 if impl == "reference" else torch.float64
+    theirs, ours = (discriminator(lambda m, wrap=wrap: wrap(m.to(dtype))) for wrap in WRAPPERS.values())
     optimizers = [optimizer(m.parameters(), lr=1e-3) for m in (theirs, ours)]
     generator = torch.Generator().manual_seed(1)
     assert_same_state(theirs, ours, "at construction")
     for step in range(200):
-        real, fake = torch.randn(2, 4, 1, 8, 8, generator=generator)
+        real, fake = torch.randn(2, 4, 1, 8, 8, generator=generator).to(dtype)
         losses = []
         for model, opt in zip((theirs, ours), optimizers, strict=True):
             opt.zero_grad()
@@ -63,8 +81,8 @@ def test_200_training_steps_of_a_discriminator_equal_torchs(optimizer):
 
 
 @pytest.mark.parametrize("case", TABLE, ids=str)
-def test_same_seed_same_bits(case):
-    """Draws, 15 + 1 iterations at registration, then training and evaluation: for contiguous float32, the same bits."""
+def test_same_seed_same_bits(case, impl):
+    """Draws, 15 + 1 iterations at registration, then training and evaluation."""
     results = []
     for wrap in WRAPPERS.values():
         torch.manual_seed(2)
@@ -73,7 +91,7 @@ def test_same_seed_same_bits(case):
         evaluated = layer.eval().weight.detach()
         results.append([first, second, evaluated, *layer.state_dict().values(), torch.rand(1)])
     for theirs, ours in zip(*results, strict=True):
-        assert torch.equal(theirs, ours)
+        assert_same(theirs, ours, impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
@@ -134,15 +152,15 @@ def test_buffers_move_in_place_and_only_in_training():
 
 
 @pytest.mark.parametrize("kind", ["fastsn to torch", "torch to fastsn"])
-def test_state_dicts_load_in_both_directions(kind):
+def test_state_dicts_load_in_both_directions(kind, impl):
     torch.manual_seed(0)
     names = kind.split(" to ")
     source, target = (WRAPPERS[name](nn.Conv2d(3, 5, 3)) for name in names)
     source(torch.randn(1, 3, 4, 4))
     target.load_state_dict(source.state_dict(), strict=True)
     x = torch.randn(2, 3, 6, 6)
-    assert torch.equal(source(x), target(x))
-    assert torch.equal(source.eval()(x), target.eval()(x))
+    assert_same(source(x), target(x), impl)
+    assert_same(source.eval()(x), target.eval()(x), impl)
     assert list(source.state_dict()) == list(target.state_dict())
     half = {k: v.half() for k, v in source.state_dict().items()}
     target.load_state_dict(half, assign=True)
@@ -161,7 +179,7 @@ def test_assignment_stores_the_unnormalised_value():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_remove_parametrizations(mode):
+def test_remove_parametrizations(mode, impl):
     for leave in (True, False):
         results = []
         for wrap in WRAPPERS.values():
@@ -172,7 +190,7 @@ def test_remove_parametrizations(mode):
             assert type(layer) is nn.Linear
             assert torch.equal(layer.weight, original) != leave
             results.append(layer.weight)
-        assert torch.equal(*results)
+        assert_same(*results, impl)
 
 
 def test_cached_serves_one_weight():
