@@ -18,11 +18,11 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> rescale(at::TensorList weights, 
                                                         const at::Tensor& sigma, const at::Tensor& vectors,
                                                         at::IntArrayRef dims, at::IntArrayRef views,
                                                         at::IntArrayRef which, at::ArrayRef<double> factors,
-                                                        at::ArrayRef<at::ScalarType> dtypes);
+                                                        at::IntArrayRef dtypes);
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rescale_backward(
     at::TensorList gradients, const at::Tensor& g_sigma, at::TensorList bases, at::TensorList scales,
     const at::Tensor& sigma, const at::Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
-    at::IntArrayRef which, at::ArrayRef<double> factors, at::ArrayRef<at::ScalarType> dtypes);
+    at::IntArrayRef which, at::ArrayRef<double> factors, at::IntArrayRef dtypes);
 
 }  // namespace fastsn

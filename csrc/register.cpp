@@ -23,7 +23,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using Ints = std::vector<int64_t>;
-using Dtypes = std::vector<at::ScalarType>;
 
 template <class Signature>
 auto find(const char* name) {
@@ -32,7 +31,7 @@ auto find(const char* name) {
 
 auto call_rescale(at::TensorList weights, at::TensorList scales, const Tensor& sigma, const Tensor& vectors,
                   at::IntArrayRef dims, at::IntArrayRef views, at::IntArrayRef which, at::ArrayRef<double> factors,
-                  at::ArrayRef<at::ScalarType> dtypes) {
+                  at::IntArrayRef dtypes) {
   static const auto op = find<decltype(rescale)>("fastsn::rescale");
   return op.call(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
 }
@@ -66,7 +65,7 @@ struct Rescale : torch::autograd::Function<Rescale> {
   static variable_list forward(AutogradContext* ctx, at::TensorList weights, at::TensorList scales, const Tensor& sigma,
                                const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
                                at::IntArrayRef which, at::ArrayRef<double> factors,
-                               at::ArrayRef<at::ScalarType> dtypes) {
+                               at::IntArrayRef dtypes) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [outputs, mean] = call_rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
     ctx->set_materialize_grads(false);
@@ -134,9 +133,7 @@ struct Rescale : torch::autograd::Function<Rescale> {
     static const auto op = find<decltype(rescale_backward)>("fastsn::rescale_backward");
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
-    Dtypes dtypes;
-    for (const int64_t dtype : n.dtypes) dtypes.push_back(static_cast<at::ScalarType>(dtype));
-    return op.call(g, g_sigma, bases, scales, sigma, vectors, n.dims, n.views, n.which, n.factors, dtypes);
+    return op.call(g, g_sigma, bases, scales, sigma, vectors, n.dims, n.views, n.which, n.factors, n.dtypes);
   }
 
   static Tensor some(const Tensor& x, const Ints& places) {
@@ -169,7 +166,7 @@ bool requires_grad(at::TensorList list) {
 std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::TensorList scales, const Tensor& sigma,
                                                    const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
                                                    at::IntArrayRef which, at::ArrayRef<double> factors,
-                                                   at::ArrayRef<at::ScalarType> dtypes) {
+                                                   at::IntArrayRef dtypes) {
   if (!at::GradMode::is_enabled() || !(requires_grad(weights) || requires_grad(scales))) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return call_rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);

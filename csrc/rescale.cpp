@@ -48,13 +48,18 @@ void check_flat(const Tensor& x, int64_t size, at::ScalarType dtype, const char*
   TORCH_CHECK_VALUE(x.device().is_cpu(), name, " must be on cpu, got ", x.device());
 }
 
-void check_dtypes(size_t count, at::ArrayRef<at::ScalarType> dtypes) {
+// Dtypes come as the numbers of c10::ScalarType.
+std::vector<at::ScalarType> check_dtypes(size_t count, at::IntArrayRef dtypes) {
   TORCH_CHECK_VALUE(dtypes.size() == count, "dtypes must have ", count, " entries, one per weight, got ",
                     dtypes.size());
-  for (size_t i = 0; i < count; ++i)
-    TORCH_CHECK_TYPE(dtypes[i] == at::kFloat || dtypes[i] == at::kDouble || dtypes[i] == at::kHalf ||
-                         dtypes[i] == at::kBFloat16,
-                     "dtypes[", i, "] must be float32, float64, float16 or bfloat16, got ", dtypes[i]);
+  std::vector<at::ScalarType> found;
+  for (size_t i = 0; i < count; ++i) {
+    const auto dtype = static_cast<at::ScalarType>(dtypes[i]);
+    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+                     "dtypes[", i, "] must be 5 (float16), 6 (float32), 7 (float64) or 15 (bfloat16), got ", dtypes[i]);
+    found.push_back(dtype);
+  }
+  return found;
 }
 
 struct Item {
@@ -296,19 +301,19 @@ class Backward {
 std::tuple<std::vector<Tensor>, Tensor> rescale(at::TensorList weights, at::TensorList scales, const Tensor& sigma,
                                                 const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
                                                 at::IntArrayRef which, at::ArrayRef<double> factors,
-                                                at::ArrayRef<at::ScalarType> dtypes) {
+                                                at::IntArrayRef dtypes) {
   Sizes sizes;
   std::vector<Weight> list = read_weights(weights, dims, views, "weights", &sizes);
   const at::ScalarType dtype = sum_dtype(weights);
   check_flat(sigma, sizes.sigmas, dtype, "sigma");
   check_flat(vectors, sizes.vectors, dtype, "vectors");
   check_scales(list.size(), scales, which, factors);
-  check_dtypes(list.size(), dtypes);
+  const std::vector<at::ScalarType> out_dtypes = check_dtypes(list.size(), dtypes);
   std::vector<double> numbers;
   std::vector<Result> results;
   for (size_t i = 0; i < list.size(); ++i) {
     numbers.push_back(scale_of(i, scales, which, factors));
-    results.push_back(result(weights[i], list[i], dtypes[i]));
+    results.push_back(result(weights[i], list[i], out_dtypes[i]));
   }
   Tensor mean;
   if (dtype == at::kDouble) {
@@ -329,14 +334,14 @@ std::tuple<std::vector<Tensor>, Tensor> rescale(at::TensorList weights, at::Tens
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
     at::TensorList gradients, const Tensor& g_sigma, at::TensorList bases, at::TensorList scales, const Tensor& sigma,
     const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views, at::IntArrayRef which,
-    at::ArrayRef<double> factors, at::ArrayRef<at::ScalarType> dtypes) {
+    at::ArrayRef<double> factors, at::IntArrayRef dtypes) {
   Sizes sizes;
   std::vector<Weight> list = read_weights(bases, dims, views, "bases", &sizes);
-  check_dtypes(list.size(), dtypes);
+  const std::vector<at::ScalarType> own_dtypes = check_dtypes(list.size(), dtypes);
   check_scales(list.size(), scales, which, factors);
-  const at::ScalarType dtype = wide(dtypes[0]);
-  for (size_t i = 0; i < dtypes.size(); ++i)
-    TORCH_CHECK_TYPE(wide(dtypes[i]) == dtype, "dtypes[", i, "] must have sums in ", dtype, ", got ", dtypes[i]);
+  const at::ScalarType dtype = wide(own_dtypes[0]);
+  for (size_t i = 0; i < own_dtypes.size(); ++i)
+    TORCH_CHECK_TYPE(wide(own_dtypes[i]) == dtype, "dtypes[", i, "] must have sums in ", dtype, ", got ", own_dtypes[i]);
   const int64_t count = static_cast<int64_t>(list.size());
   check_flat(g_sigma, count, dtype, "grad_sigma");
   check_flat(sigma, count, dtype, "sigma");
@@ -353,7 +358,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
     TORCH_CHECK_TYPE(at::isFloatingType(g.scalar_type()), "gradients[", i, "] must be floating point, got ",
                      g.scalar_type());
     Gradient gradient;
-    gradient.result = result(base, w, dtypes[i]);
+    gradient.result = result(base, w, own_dtypes[i]);
     gradient.base = w.rows;
     if (!w.rows.tensor.is_same(base)) {
       gradient.g = canonical(g, dims[i], &w.arrangement);

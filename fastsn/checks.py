@@ -127,10 +127,7 @@ def vectors(
     for at, (i, view) in enumerate(pairs):
         sizes = views.vector_sizes(views.as_oik(found[i], dims[i]), view)
         for name, x, size in (("u", u[at], sizes[0]), ("v", v[at], sizes[1])):
-            if x.shape != (size,):
-                raise ValueError(f"{name}[{at}] must have shape [{size}], got {list(x.shape)}")
-            if x.dtype != width:
-                raise TypeError(f"{name}[{at}] must be {width}, got {x.dtype}")
+            flat(x, size, width, f"{name}[{at}]")
             if x.device != found[0].device:
                 raise ValueError(f"{name}[{at}] must be on {found[0].device}, got {x.device}")
 
@@ -140,7 +137,8 @@ def numbers(
     scales: Sequence[Tensor],
     which: Sequence[int],
     factors: Sequence[float],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[int],
+    codes: Sequence[int],
 ) -> None:
     """Raises TypeError, ValueError or IndexError unless there is a sound scale and dtype for every weight."""
     for name, list_ in (("which", which), ("factors", factors), ("dtypes", dtypes)):
@@ -156,5 +154,24 @@ def numbers(
             raise IndexError(f"which[{i}] must be less than {len(scales)}, the number of scales, got {which[i]}")
         if not math.isfinite(factors[i]):
             raise ValueError(f"factors[{i}] must be finite, got {factors[i]}")
-        if dtypes[i] not in REAL:
-            raise TypeError(f"dtypes[{i}] must be float32, float64, float16 or bfloat16, got {dtypes[i]}")
+        if dtypes[i] not in codes:
+            raise TypeError(f"dtypes[{i}] must be one of {codes}, got {dtypes[i]}")
+
+
+def flat(value: Tensor, size: int, dtype: torch.dtype, name: str) -> None:
+    """Raises ValueError or TypeError unless ``value`` has ``size`` entries in one dimension and the dtype."""
+    if value.shape != (size,):
+        raise ValueError(f"{name} must have shape [{size}], got {list(value.shape)}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+
+
+def gradients(found: Sequence[Tensor], bases: Sequence[Tensor]) -> None:
+    """Raises ValueError or TypeError unless there is a gradient for every base."""
+    if len(found) != len(bases):
+        raise ValueError(f"gradients must have {len(bases)} entries, one per entry of bases, got {len(found)}")
+    for i, (g, base) in enumerate(zip(found, bases, strict=True)):
+        if g.shape != base.shape:
+            raise ValueError(f"gradients[{i}] must have shape {list(base.shape)}, got {list(g.shape)}")
+        if not g.is_floating_point():
+            raise TypeError(f"gradients[{i}] must be floating point, got {g.dtype}")

@@ -64,13 +64,14 @@ def iterate(job: Job, n: int) -> None:
 
 def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:
     """What power_iteration takes of the jobs."""
-    u, v = [], []
+    u, v, bits = [], [], []
     for job in jobs:
-        for pair in job.vectors.values():
+        bits.append(0)
+        for view, pair in job.vectors.items():
             u.append(pair[0])
             v.append(pair[1])
-    weights = [job.weight.detach() for job in jobs]
-    return weights, u, v, [job.dim for job in jobs], [sum(ops.VIEW_BITS[view] for view in job.vectors) for job in jobs]
+            bits[-1] += ops.VIEW_BITS[view]
+    return [job.weight for job in jobs], u, v, [job.dim for job in jobs], bits
 
 
 def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
@@ -87,8 +88,8 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
         else:
             which.append(-1)
             factors.append(job.scale)
-    weights, dtypes = [job.weight for job in jobs], [job.dtype for job in jobs]
-    outputs, _ = ops.rescale(weights, scales, sigma, vectors, *lists[3:], which, factors, dtypes)
+    dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
+    outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
     sizes = [sum(u.numel() + v.numel() for u, v in job.vectors.values()) for job in jobs]
     return [Normalised(*pair) for pair in zip(outputs, torch.split(vectors, sizes), strict=True)]
 

@@ -14,8 +14,9 @@ Each takes all weights of a call (design: section 4), so that a network costs as
         the weight to change before the gradient is asked for; W where the scale is a tensor, which may be 0.
 
 Numbers, one per weight: ``dims`` the dimension of output channels; ``views`` 1 (out), 2 (in) or 3 (both); c is
-``factors[i]``, times ``scales[which[i]]`` unless that is -1; ``dtypes``, in the backward those of the weights. ``u``
-and ``v`` have one entry per weight and view. All weights of a call are on one device and have sums of one dtype.
+``factors[i]``, times ``scales[which[i]]`` unless that is -1; ``dtypes`` (the codes below), in the backward those of the
+weights. ``u`` and ``v`` have one entry per weight and view. All weights of a call are on one device and have sums of
+one dtype.
 
 The schemas live here, so that the package imports without having been built. C++ (csrc/register.cpp) adds the kernels
 for CPU tensors, and for them a rule of differentiation that costs a tenth of one in Python; it follows the one here.
@@ -33,9 +34,11 @@ from fastsn import checks, reference, views
 from fastsn.reference import Vectors
 
 VIEW_BITS = {"out": 1, "in": 2}
+DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 _LIBRARY = torch.library.Library("fastsn", "FRAGMENT")  # type: ignore[no-untyped-call]
-_NUMBERS = "int[] dims, int[] views, int[] which, float[] factors, ScalarType[] dtypes"
+_NUMBERS = "int[] dims, int[] views, int[] which, float[] factors, int[] dtypes"
 for _schema in (
     "power_iteration(Tensor[] weights, Tensor[] u, Tensor[] v, int[] dims, int[] views, int n) -> (Tensor, Tensor)",
     "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int[] dims, int[] views, int n)"
@@ -67,14 +70,14 @@ def _fake_power_iteration(
 
 @torch.library.register_fake("fastsn::rescale", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_rescale(weights: Sequence[Tensor], _: Any, sigma: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor]:
-    outputs = [torch.empty_like(w, dtype=dtype) for w, dtype in zip(weights, rest[-1], strict=True)]
+    outputs = [torch.empty_like(w, dtype=_DTYPES[code]) for w, code in zip(weights, rest[-1], strict=True)]
     return outputs, sigma.new_empty(len(weights))
 
 
 @torch.library.register_fake("fastsn::rescale_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     bases, scales, dtypes = arguments[2], arguments[3], arguments[-1]
-    d_weights = [torch.empty_like(w, dtype=dtype) for w, dtype in zip(bases, dtypes, strict=True)]
+    d_weights = [torch.empty_like(w, dtype=_DTYPES[code]) for w, code in zip(bases, dtypes, strict=True)]
     return d_weights, [torch.empty_like(scale) for scale in scales]
 
 
@@ -115,20 +118,36 @@ def _rescale(
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
     sigma: Tensor,
-    vectors: Tensor,  # noqa: ARG001 - for the gradient
+    vectors: Tensor,
     dims: Sequence[int],
     view_bits: Sequence[int],
     which: Sequence[int],
     factors: Sequence[float],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:
     checks.weights(weights, dims, view_bits)
-    checks.numbers(len(weights), scales, which, factors, dtypes)
+    checks.numbers(len(weights), scales, which, factors, dtypes, list(_DTYPES))
+    _check_state(weights, sigma, vectors, dims, view_bits, sum(bits.bit_count() for bits in view_bits))
     groups = torch.split(sigma, [bits.bit_count() for bits in view_bits])
     means = torch.stack([group.mean() for group in groups])
     tensors = [_scale(i, scales, which, factors, sigma.dtype) for i in range(len(weights))]
-    outputs = reference.rescale(weights, [{"mean": mean} for mean in means], tensors, dtypes)
+    outputs = reference.rescale(
+        weights, [{"mean": mean} for mean in means], tensors, [_DTYPES[code] for code in dtypes]
+    )
     return [_own(w, x) for w, x in zip(weights, outputs, strict=True)], means
+
+
+def _check_state(
+    weights: Sequence[Tensor],
+    sigma: Tensor,
+    vectors: Tensor,
+    dims: Sequence[int],
+    view_bits: Sequence[int],
+    sigmas: int,
+) -> None:
+    checks.flat(sigma, sigmas, reference.wide(sigma.dtype), "sigma")
+    entries = sum(_vector_size(*weight) for weight in zip(weights, dims, view_bits, strict=True))
+    checks.flat(vectors, entries, sigma.dtype, "vectors")
 
 
 def _scale(
@@ -153,7 +172,7 @@ def _differentiable_backward(
     view_bits: Sequence[int],
     which: Sequence[int],
     factors: Sequence[float],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``rescale_backward`` in differentiable torch: the kernel of devices that have none, and the second order."""
     d_weights, d_scales = [], [torch.zeros_like(scale) for scale in scales]
@@ -167,7 +186,7 @@ def _differentiable_backward(
             d_scales[which[i]] = d_scales[which[i]] + (inner / divisor * factors[i]).to(scales[which[i]].dtype)
             inner = inner * scale / divisor
         along = grad_sigma[i] - torch.where(zero, torch.zeros_like(inner), inner / divisor)
-        d_weights.append((scale / divisor * g + along * outer).to(dtypes[i]))
+        d_weights.append((scale / divisor * g + along * outer).to(_DTYPES[dtypes[i]]))
     return d_weights, d_scales
 
 
@@ -191,6 +210,12 @@ def _outer_products(
 
 
 def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    gradients, grad_sigma, bases, scales, sigma, vectors, dims, view_bits, which, factors, dtypes = arguments
+    checks.weights(bases, dims, view_bits)
+    checks.gradients(gradients, bases)
+    checks.numbers(len(bases), scales, which, factors, dtypes, list(_DTYPES))
+    _check_state(bases, sigma, vectors, dims, view_bits, len(bases))
+    checks.flat(grad_sigma, len(bases), sigma.dtype, "grad_sigma")
     d_weights, d_scales = _differentiable_backward(*arguments)
     return [_own(base, dw) for base, dw in zip(arguments[2], d_weights, strict=True)], d_scales
 
@@ -204,14 +229,17 @@ for _name, _kernel in (
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-# The rules of differentiation, for devices whose kernels do not bring their own.
+# The rules of differentiation, for devices whose kernels do not bring their own. What an iteration gives is constant.
+
+for _name in ("power_iteration", "power_iteration_"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
     weights, scales, _, vectors, dims, view_bits, which, factors, _ = inputs
     bases = [w if place >= 0 else out for w, out, place in zip(weights, output[0], which, strict=True)]
     ctx.save_for_backward(*bases, *scales, output[1], vectors)
-    ctx.numbers = [dims, view_bits, which, factors, [w.dtype for w in weights]]
+    ctx.numbers = [dims, view_bits, which, factors, [DTYPE_CODES[w.dtype] for w in weights]]
     ctx.set_materialize_grads(False)
 
 
