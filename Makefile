@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench package sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -21,10 +21,24 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
-clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+# An sdist and a wheel in dist/, looked into and used away from the sources.
+package: $(INSTALLED)
+	$(BIN)/python .ci/check_package.py
 
-$(INSTALLED): .ci/requirements.txt pyproject.toml
+# The op tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels; SANITIZED chooses tests.
+SANITIZED ?=
+sanitize: $(INSTALLED)
+	rm -rf build/sanitized && mkdir -p build/sanitized && cp -r fastsn csrc setup.py pyproject.toml README.md LICENSE build/sanitized
+	cd build/sanitized && rm -f fastsn/_C_* && FASTSN_SANITIZE=address,undefined ../../$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitized && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		../../$(BIN)/python -m pytest -c ../../pyproject.toml -p no:cacheprovider --timeout 1200 $(SANITIZED) \
+		../../tests/test_ops.py ../../tests/test_op_errors.py ../../tests/test_storage.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache fastsn/_C_*
+
+$(INSTALLED): .ci/requirements.txt pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r .ci/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

@@ -12,15 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # Read by fastsn/backends.py: only the build knows why it came to nothing.
 REASON = "_C_missing.txt"
 
 
+class SourceDistribution(sdist):
+    """With the C++ sources, also where there is no torch and so no extension that would name them."""
+
+    def add_defaults(self) -> None:
+        """setuptools' own choice and csrc/."""
+        super().add_defaults()
+        self.filelist.extend([*SOURCES, *HEADERS])
+
+
 def flags() -> list[str]:
     """Nothing here may depend on the machine that builds: instruction sets are chosen in the source, at run time."""
-    found = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    found = ["-O1" if sanitizers() else "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # The compiler only: at::parallel_for is a template, and its threads have to be those of the OpenMP that torch brings.
     found += ["-fopenmp"] if sys.platform == "linux" else []
     found += ["-Wno-unused-parameter", "-Wno-psabi"]  # torch's headers; vectors that never leave a function
@@ -36,13 +47,13 @@ def sanitizers() -> list[str]:
 
 
 def extension() -> dict[str, Any]:
-    """The arguments of setup() that build the kernels; none where torch is missing."""
+    """The arguments of setup(): the kernels, unless torch is missing."""
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         print(f"fastsn: no C++ kernels, torch cannot be imported here: {error}", file=sys.stderr)
-        return {}
+        return {"cmdclass": {"sdist": SourceDistribution}}
 
     class Build(BuildExtension):
         """A build that fails leaves behind why, and lets the installation go on."""
@@ -71,11 +82,11 @@ def extension() -> dict[str, Any]:
         extra_link_args=sanitizers(),
         py_limited_api=True,
         optional=True,
-        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+        depends=HEADERS,
     )
     return {
         "ext_modules": [kernels],
-        "cmdclass": {"build_ext": Build},
+        "cmdclass": {"build_ext": Build, "sdist": SourceDistribution},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

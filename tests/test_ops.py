@@ -16,9 +16,12 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
 
 
 def assert_within_rounding(ours: Tensor, reference_: Tensor, exact: Tensor, size: Tensor | None = None) -> None:
-    """At most twice the error of plain torch in the same dtype, plus some last bits of sums of ``size``."""
+    """At most twice the error of plain torch in the same dtype, plus some last bits of sums of ``size``; more of them in
+    float64, where the truth has been rounded too."""
     size = exact.abs().max() if size is None else size
-    allowed = 2 * (reference_.double() - exact).abs().max() + 16 * torch.finfo(reference.wide(ours.dtype)).eps * size
+    width = reference.wide(ours.dtype)
+    last_bits = torch.finfo(width).eps * (64 if width == torch.float64 else 16)
+    allowed = 2 * (reference_.double() - exact).abs().max() + last_bits * size
     if ours.dtype != reference.wide(ours.dtype):
         allowed = allowed + torch.finfo(ours.dtype).eps * size
     assert ours.dtype == reference_.dtype
@@ -261,6 +264,7 @@ def test_functional_call_of_a_layer():
     assert torch.equal(twin["spectral_norm._u_in"], layer.spectral_norm._u_in)
 
 
+@pytest.mark.skipif(not fastsn.backends()["cpp"].available, reason="torch's own sums depend on the threads")
 def test_results_are_the_same_bits_for_any_number_of_threads_and_run():
     """Weights large enough to be cut into pieces, in every arrangement."""
     shapes = [(256, 64, 3, 3), (64, 200, 4, 4), (700, 300), (1, 300, 5), (37, 1000, 3)]
