@@ -32,7 +32,7 @@ class SourceDistribution(sdist):
 def flags() -> list[str]:
     """Nothing here may depend on the machine that builds: instruction sets are chosen in the source, at run time."""
     found = ["-O1" if sanitizers() else "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    # The compiler only: at::parallel_for is a template, and its threads have to be those of the OpenMP that torch brings.
+    # For the compiler only: at::parallel_for is a template, and its threads are to be those of torch's own OpenMP.
     found += ["-fopenmp"] if sys.platform == "linux" else []
     found += ["-Wno-unused-parameter", "-Wno-psabi"]  # torch's headers; vectors that never leave a function
     if os.environ.get("FASTSN_WERROR") == "1":

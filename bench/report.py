@@ -1,8 +1,9 @@
-"""Result files and README: a pytest-benchmark JSON becomes a small file to commit, and that file README's table.
+"""Result files, README's table and the picture, all made from a pytest-benchmark JSON.
 
 python -m pytest bench/ --benchmark-only --benchmark-json=raw.json
 python bench/report.py raw.json bench/results/<device>/<name>.json      # no host names, no paths, medians only
 python bench/report.py --readme bench/results/<device>/<name>.json      # writes the table between README's markers
+python bench/report.py --picture bench/results/<device>/<name>.json OUT.png
 """
 
 from __future__ import annotations
@@ -18,36 +19,70 @@ BEGIN, END = "<!-- bench/report.py begin -->", "<!-- bench/report.py end -->"
 
 
 def reduced(raw: dict[str, Any]) -> dict[str, Any]:
-    """What of a pytest-benchmark file is worth keeping."""
-    return {
-        "machine": raw["machine_info"],
-        "commit": raw["commit_info"]["id"][:12] + ("-dirty" if raw["commit_info"]["dirty"] else ""),
-        "date": raw["datetime"][:10],
-        "results": [
-            {
-                "case": b["name"].split("[")[0].removeprefix("test_"),
-                "contestant": b["params"]["name"],
-                **{k: round(v, 3) for k, v in b["extra_info"].items()},
-            }
-            for b in raw["benchmarks"]
-        ],
-    }
+    """What of a pytest-benchmark file is worth keeping: the figures of each file of tests, under its name."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for benchmark in raw["benchmarks"]:
+        figures = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in benchmark["extra_info"].items()}
+        results.setdefault(benchmark["name"].split("[")[0].removeprefix("test_"), []).append(figures)
+    commit = raw["commit_info"]["id"][:12] + ("-dirty" if raw["commit_info"]["dirty"] else "")
+    return {"machine": raw["machine_info"], "commit": commit, "date": raw["datetime"][:10], "results": results}
+
+
+def by_workload(result: dict[str, Any], case: str = "forward_and_backward") -> dict[str, dict[str, dict[str, Any]]]:
+    """{workload: {contestant: figures}} of a case, in the order of the file."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for figures in result["results"].get("normalisation", []):
+        if figures["case"] == case:
+            found.setdefault(figures["workload"], {})[figures["contestant"]] = figures
+    return found
+
+
+def names(workloads: dict[str, dict[str, Any]]) -> list[str]:
+    """Every contestant of any workload, once."""
+    return list(dict.fromkeys(name for contestants in workloads.values() for name in contestants))
 
 
 def table(result: dict[str, Any], name: str) -> str:
     """A result file as Markdown."""
-    machine, weights = result["machine"], result["results"][0]["weights_MB"]
-    lines = ["| contestant | median ms | x torch SN | x floor |", "|---|---|---|---|"]
-    for r in result["results"]:
-        numbers = f"{r['interleaved_median_ms']:.1f} | {r['times_torch_SN']:.1f} | {r['times_floor']:.0f}"
-        lines.append(f"| {r['contestant']} | {numbers} |")
-    lines += [
-        "",
-        f"Forward + backward of the normalisation alone, {weights:.1f} MB of weights.",
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; commit {result['commit']}, "
-        f"{result['date']} (`{name}`).",
+    workloads = by_workload(result)
+    anyone = {workload: next(iter(contestants.values())) for workload, contestants in workloads.items()}
+    rows = [
+        ["forward + backward, ms (x floor)", *workloads],
+        ["---"] * (1 + len(workloads)),
+        ["layers, MB", *(f"{x['layers']}, {x['weights_MB']:.3g}" for x in anyone.values())],
+        *([who, *(_cell(found.get(who)) for found in workloads.values())] for who in names(workloads)),
+        ["floor", *(_short(x["floor_ms"]) for x in anyone.values())],
     ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    steps = {figures["contestant"]: figures for figures in result["results"].get("training_step", [])}
+    if steps:
+        plain = steps.pop("no normalisation")
+        costs = ", ".join(f"{who} {_short(figures['normalisation_ms'])}" for who, figures in steps.items())
+        lines += [
+            "",
+            f"A whole training step of the CIFAR10 CNN, {plain['batch']} real and {plain['batch']} fake images: "
+            f"{_short(plain['step_ms'])} ms without normalisation, which adds, in ms: {costs}.",
+        ]
+    lines += ["", f"{provenance(result)}, {result['date']} (`{name}`)."]
     return "\n".join(lines)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """Where the figures are from."""
+    machine, threads = result["machine"], result["machine"]["threads"]
+    return (
+        f"{machine.get('gpu') or machine['cpu']}, {threads} {'thread' if threads == 1 else 'threads'}, "
+        f"torch {machine['torch']}; commit {result['commit']}"
+    )
+
+
+def _cell(figures: dict[str, Any] | None) -> str:
+    return f"{_short(figures['interleaved_median_ms'])} ({_short(figures['times_floor'])}x)" if figures else "–"
+
+
+def _short(x: float) -> str:
+    """Two digits, more from 100 on."""
+    return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 1 else f"{x:.2g}"
 
 
 def with_table(readme: str, text: str) -> str:
@@ -55,11 +90,19 @@ def with_table(readme: str, text: str) -> str:
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{text}\n{END}", readme, flags=re.DOTALL)
 
 
+def _load(path: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(Path(path).read_text())
+    return result
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "--readme":
-        path = Path(sys.argv[2])
-        README.write_text(with_table(README.read_text(), table(json.loads(path.read_text()), path.as_posix())))
+        README.write_text(with_table(README.read_text(), table(_load(sys.argv[2]), Path(sys.argv[2]).as_posix())))
+    elif sys.argv[1] == "--picture":
+        import picture
+
+        picture.draw(_load(sys.argv[2]), Path(sys.argv[3]))
     else:
-        source, target = map(Path, sys.argv[1:])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(reduced(json.loads(source.read_text())), indent=2) + "\n")
+        source, target = sys.argv[1:]
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(json.dumps(reduced(_load(source)), indent=1) + "\n")

@@ -16,8 +16,8 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
 
 
 def assert_within_rounding(ours: Tensor, reference_: Tensor, exact: Tensor, size: Tensor | None = None) -> None:
-    """At most twice the error of plain torch in the same dtype, plus some last bits of sums of ``size``; more of them in
-    float64, where the truth has been rounded too."""
+    """At most twice the error of plain torch in the same dtype, plus some last bits of sums of ``size``: more of them
+    in float64, where the truth has been rounded too."""
     size = exact.abs().max() if size is None else size
     width = reference.wide(ours.dtype)
     last_bits = torch.finfo(width).eps * (64 if width == torch.float64 else 16)

@@ -1,0 +1,68 @@
+"""Timing by turns: everything that is compared runs in one process, and the machine's noise meets all alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BURST = 3
+LONG = 0.1  # seconds: a step that takes longer is timed once a turn, what it finds in the caches no longer matters
+
+Step = Callable[[], object]
+
+
+def seconds(step: Step) -> float:
+    """Until the results are there, not until the work is queued."""
+    _synchronize()
+    start = time.perf_counter()
+    step()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(steps: Mapping[str, Step], budget: float, least: int = 3) -> dict[str, list[float]]:
+    """Seconds of every step in every round, rounds until ``budget`` seconds are used and at least ``least``.
+
+    A turn is one repetition that is not timed, so that each step finds the caches as it leaves them itself and not as
+    its predecessor did, and then the median of ``BURST`` timed ones.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        end, rounds = time.perf_counter() + budget, 0
+        while rounds < least or time.perf_counter() < end:
+            for name, step in steps.items():
+                repetitions = 1 if seconds(step) > LONG else BURST
+                times[name].append(statistics.median(seconds(step) for _ in range(repetitions)))
+            rounds += 1
+    finally:
+        gc.enable()
+    return times
+
+
+def copying(nbytes: int) -> Step:
+    """A copy of that many bytes: what the machine can move at best, measured by turns with everything else."""
+    source = torch.randn(nbytes // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def peak_cuda_bytes(step: Step) -> int:
+    """How much more than before is allocated at the peak of a step, on a GPU."""
+    _synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    _synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
