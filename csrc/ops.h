@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -21,7 +22,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> rescale(at::TensorList weights, 
                                                         at::IntArrayRef dtypes);
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rescale_backward(
-    at::TensorList gradients, const at::Tensor& g_sigma, at::TensorList bases, at::TensorList scales,
+    at::TensorList gradients, const std::optional<at::Tensor>& g_sigma, at::TensorList bases, at::TensorList scales,
     const at::Tensor& sigma, const at::Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
     at::IntArrayRef which, at::ArrayRef<double> factors, at::IntArrayRef dtypes);
 

@@ -3,7 +3,6 @@
 // devices and for the second order are in fastsn/ops.py.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -113,11 +112,12 @@ struct Rescale : torch::autograd::Function<Rescale> {
     if (used.empty()) return result;
     const Numbers numbers = all.at(used);
     const variable_list scales(saved.begin() + count, saved.begin() + count + scale_count);
+    const bool whole = used.size() == count;
+    std::optional<Tensor> own_g_sigma;
+    if (g_sigma.defined()) own_g_sigma = whole ? g_sigma : some(g_sigma, used);
     const auto [d_weights, d_scales] =
-        used.size() == count
-            ? call(g, g_sigma.defined() ? g_sigma : at::zeros_like(sigma), bases, scales, sigma, vectors, numbers)
-            : call(g, g_sigma.defined() ? some(g_sigma, used) : at::zeros({static_cast<int64_t>(used.size())}, sigma.options()), bases,
-                   scales, some(sigma, used), some_vectors(vectors, saved, all, used), numbers);
+        whole ? call(g, own_g_sigma, bases, scales, sigma, vectors, numbers)
+              : call(g, own_g_sigma, bases, scales, some(sigma, used), some_vectors(vectors, saved, all, used), numbers);
     for (size_t i = 0; i < used.size(); ++i)
       if (ctx->needs_input_grad(used[i])) result[used[i]] = d_weights[i];
     for (size_t i = 0; i < scale_count; ++i)
@@ -127,7 +127,8 @@ struct Rescale : torch::autograd::Function<Rescale> {
 
  private:
   // To be differentiated again, it goes the way of fastsn/ops.py; otherwise straight to the kernel.
-  static std::tuple<variable_list, variable_list> call(const variable_list& g, const Tensor& g_sigma,
+  static std::tuple<variable_list, variable_list> call(const variable_list& g,
+                                                       const std::optional<Tensor>& g_sigma,
                                                        const variable_list& bases, const variable_list& scales,
                                                        const Tensor& sigma, const Tensor& vectors, const Numbers& n) {
     static const auto op = find<decltype(rescale_backward)>("fastsn::rescale_backward");

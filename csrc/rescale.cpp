@@ -262,7 +262,7 @@ class Backward {
     const double sigma = zero ? 1 : sigmas_[i], factor = gradients_[i].scale / sigma;
     d_scales[i] = dot / sigma;
     const double inner = gradients_[i].base_is_weight ? dot * factor : dot;  // <G, W̄>
-    const double along = g_sigmas_[i] - (zero ? 0 : inner / sigma);
+    const double along = (g_sigmas_ ? g_sigmas_[i] : 0) - (zero ? 0 : inner / sigma);
     state.alpha = static_cast<A>(factor);
     state.outer = Outer<A>(weights_[i], vectors_, along / weights_[i].views());
     state.ready.store(true, std::memory_order_release);
@@ -332,7 +332,7 @@ std::tuple<std::vector<Tensor>, Tensor> rescale(at::TensorList weights, at::Tens
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
-    at::TensorList gradients, const Tensor& g_sigma, at::TensorList bases, at::TensorList scales, const Tensor& sigma,
+    at::TensorList gradients, const std::optional<Tensor>& g_sigma, at::TensorList bases, at::TensorList scales, const Tensor& sigma,
     const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views, at::IntArrayRef which,
     at::ArrayRef<double> factors, at::IntArrayRef dtypes) {
   Sizes sizes;
@@ -343,7 +343,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
   for (size_t i = 0; i < own_dtypes.size(); ++i)
     TORCH_CHECK_TYPE(wide(own_dtypes[i]) == dtype, "dtypes[", i, "] must have sums in ", dtype, ", got ", own_dtypes[i]);
   const int64_t count = static_cast<int64_t>(list.size());
-  check_flat(g_sigma, count, dtype, "grad_sigma");
+  if (g_sigma) check_flat(*g_sigma, count, dtype, "grad_sigma");
   check_flat(sigma, count, dtype, "sigma");
   check_flat(vectors, sizes.vectors, dtype, "vectors");
   TORCH_CHECK_VALUE(gradients.size() == list.size(), "gradients must have ", count, " entries, one per entry of bases, got ",
@@ -371,13 +371,16 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
     gradient.base_is_weight = which[i] >= 0;
     all.push_back(std::move(gradient));
   }
-  const Tensor flat = vectors.contiguous(), sigmas = sigma.contiguous(), g_sigmas = g_sigma.contiguous();
+  const Tensor flat = vectors.contiguous(), sigmas = sigma.contiguous();
+  const Tensor g_sigmas = g_sigma ? g_sigma->contiguous() : Tensor();
   if (dtype == at::kDouble)
     Backward<double>(list, all, flat.const_data_ptr<double>(), sigmas.const_data_ptr<double>(),
-                     g_sigmas.const_data_ptr<double>()).run(d_scale.data());
+                     g_sigma ? g_sigmas.const_data_ptr<double>() : nullptr)
+        .run(d_scale.data());
   else
     Backward<float>(list, all, flat.const_data_ptr<float>(), sigmas.const_data_ptr<float>(),
-                    g_sigmas.const_data_ptr<float>()).run(d_scale.data());
+                    g_sigma ? g_sigmas.const_data_ptr<float>() : nullptr)
+        .run(d_scale.data());
   std::vector<Tensor> d_weights, d_scales;
   for (size_t i = 0; i < list.size(); ++i) {
     all[i].result.finish(dims[i]);

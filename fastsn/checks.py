@@ -22,6 +22,17 @@ def weight(value: object, name: str) -> Tensor:
         TypeError: not a tensor, not floating point or complex, or a sharded DTensor.
         ValueError: lazy (not initialised yet), without dimensions, or without elements.
     """
+    if type(value) is not nn.Parameter and type(value) is not Tensor:  # the usual kinds are asked no further
+        _whole(value, name)
+    assert isinstance(value, Tensor)
+    if not (value.is_floating_point() or value.is_complex()):
+        raise TypeError(f"{name} must be floating point or complex, got {value.dtype}")
+    if value.ndim == 0 or value.numel() == 0:
+        raise ValueError(f"{name} must have at least one dimension and one element, got shape {tuple(value.shape)}")
+    return value
+
+
+def _whole(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if isinstance(value, UninitializedParameter | UninitializedBuffer):
@@ -30,11 +41,6 @@ def weight(value: object, name: str) -> Tensor:
         raise TypeError(
             f"{name} must be a whole tensor, got a sharded DTensor: gather it first, as FSDP's forward does"
         )
-    if not (value.is_floating_point() or value.is_complex()):
-        raise TypeError(f"{name} must be floating point or complex, got {value.dtype}")
-    if value.ndim == 0 or value.numel() == 0:
-        raise ValueError(f"{name} must have at least one dimension and one element, got shape {tuple(value.shape)}")
-    return value
 
 
 def count(value: object, name: str) -> int:

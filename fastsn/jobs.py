@@ -29,14 +29,25 @@ class Normalised(NamedTuple):
     """W̄, and the vectors that it was made with: private copies, which the next forward does not overwrite."""
 
     weight: Tensor
-    made_with: Vectors | Tensor
+    made_with: Vectors | _Batch
+    position: int = 0
 
-    def vectors(self, job: Job) -> Vectors:
-        """The vectors by view; the kernels give them end to end, and they are rarely asked for."""
-        if not isinstance(self.made_with, Tensor):
+    def vectors(self) -> Vectors:
+        """The vectors by view. Kernels give those of a whole call end to end, and they are rarely asked for."""
+        if not isinstance(self.made_with, _Batch):
             return self.made_with
-        parts = torch.split(self.made_with, [x.numel() for pair in job.vectors.values() for x in pair])
-        return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(job.vectors)}
+        batch, flat = self.made_with
+        sizes = [x.numel() for job in batch[: self.position + 1] for pair in job.vectors.values() for x in pair]
+        own = batch[self.position].vectors
+        parts = torch.split(flat[: sum(sizes)], sizes)[-2 * len(own) :]
+        return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(own)}
+
+
+class _Batch(NamedTuple):
+    """The jobs of a call and the vectors of all of them."""
+
+    jobs: Sequence[Job]
+    vectors: Tensor
 
 
 def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
@@ -90,8 +101,8 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
             factors.append(job.scale)
     dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
     outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
-    sizes = [sum(u.numel() + v.numel() for u, v in job.vectors.values()) for job in jobs]
-    return [Normalised(*pair) for pair in zip(outputs, torch.split(vectors, sizes), strict=True)]
+    batch = _Batch(jobs, vectors)
+    return [Normalised(w, batch, i) for i, w in enumerate(outputs)]
 
 
 def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:

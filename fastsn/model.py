@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,22 +25,26 @@ class Sigmas(NamedTuple):
     sigma_in: float
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Where a norm sits: in a fastsn layer, or as number ``index`` of the parametrizations of ``owner.tensor``."""
+class _Site(NamedTuple):
+    """Where a norm sits: in a fastsn layer, or as number ``place`` of the parametrizations of ``owner.tensor``, behind
+    ``depth`` other norms."""
 
     name: str
     owner: nn.Module
     tensor: str
     norm: SpectralNorm
-    index: int | None = None
+    place: int | None
+    depth: int
 
     def weight(self) -> Tensor:
         """What the norm is applied to, in evaluation, so that nothing moves."""
-        if parametrize.is_parametrized(self.owner, self.tensor):
-            weight = _evaluated(_parametrizations(self.owner)[self.tensor], self.index)
-        else:
+        chain = _chains(self.owner).get(self.tensor)
+        if chain is None:
             weight = getattr(self.owner, self.tensor)
+        elif self.place == 0 and chain.is_tensor:
+            weight = chain.original
+        else:
+            weight = _evaluated(chain, self.place)
         return checks.weight(weight, self.name or type(self.owner).__name__)
 
 
@@ -64,26 +67,49 @@ def _evaluated(chain: Any, count: int | None = None, held: bool = True) -> Tenso
     return value  # type: ignore[no-any-return]
 
 
-def _parametrizations(module: nn.Module) -> Any:
-    return module.parametrizations  # a ModuleDict of ParametrizationLists, typed by torch as Tensor | Module
+def _chains(module: nn.Module) -> dict[str, Any]:
+    """The ParametrizationLists of a module, by tensor."""
+    chains = module._modules.get("parametrizations")
+    return chains._modules if chains is not None and parametrize.is_parametrized(module) else {}
 
 
 def _sites(model: nn.Module) -> list[_Site]:
+    """Every norm of the model once, in the order of ``named_modules``. A training step asks for it: each module costs a
+    microsecond or two."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    sites: list[_Site] = []
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        sites.extend(_sites_of(module, prefix))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}.{name}" if prefix else name)
+
+    visit(model, "")
+    return sites
+
+
+def _sites_of(module: nn.Module, prefix: str) -> list[_Site]:
+    found: list[tuple[str, int | None, SpectralNorm]] = [
+        (tensor, i, part)
+        for tensor, chain in _chains(module).items()
+        for i, part in enumerate(chain)
+        if isinstance(part, SpectralNorm)
+    ]
+    if isinstance(module, Normalised):
+        found.append(("weight", None, module.spectral_norm))
     sites = []
-    for prefix, module in model.named_modules():
-        found: list[tuple[str, int | None, SpectralNorm]] = []
-        if parametrize.is_parametrized(module):
-            for tensor, chain in _parametrizations(module).items():
-                found += [(tensor, i, p) for i, p in enumerate(chain) if isinstance(p, SpectralNorm)]
-        if isinstance(module, Normalised):
-            found.append(("weight", None, module.spectral_norm))
-        for tensor, i, norm in found:
-            several = sum(other == tensor for other, _, _ in found) > 1
-            position = "spectral_norm" if i is None else str(i)
-            parts = (prefix, tensor if tensor != "weight" else "", position if several else "")
-            sites.append(_Site(".".join(filter(None, parts)), module, tensor, norm, i))
+    for at, (tensor, i, norm) in enumerate(found):
+        several = sum(other == tensor for other, _, _ in found) > 1
+        position = "spectral_norm" if i is None else str(i)
+        name = ".".join(filter(None, (prefix, tensor if tensor != "weight" else "", position if several else "")))
+        depth = sum(other == tensor for other, _, _ in found[:at])
+        sites.append(_Site(name, module, tensor, norm, i, depth))
     return sites
 
 
@@ -130,7 +156,7 @@ def _checked_sites(model: nn.Module, vectors_too: bool = True) -> list[_Site]:
             raise ValueError(
                 f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first"
             )
-        if vectors_too and any(u.is_meta or v.is_meta for u, v in site.norm.vectors().values()):
+        if vectors_too and any(x is not None and x.is_meta for x in site.norm._buffers.values()):
             raise ValueError(f"u and v of {site.name!r} must have values, got meta tensors: call fastsn.warm_up first")
     return sites
 
@@ -176,13 +202,14 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     Raises:
         ValueError: a weight on the meta device. No vector has moved.
     """
-    groups: dict[tuple[int, bool], list[_Site]] = {}
+    groups: dict[tuple[int, int, bool], list[_Site]] = {}
     for site in _checked_sites(model):
-        if site.norm.views:  # a 1-D weight has no vectors to share
-            groups.setdefault((site.norm.rounds(), advance and site.norm.training), []).append(site)
+        norm = site.norm
+        if norm.views:  # a 1-D weight has no vectors to share
+            groups.setdefault((site.depth, norm.rounds(), advance and norm.training), []).append(site)
     releases = []
     try:
-        for (rounds, store), sites in groups.items():
+        for (_, rounds, store), sites in sorted(groups.items(), key=lambda group: group[0]):
             # W̄ is made here, in one call, not at the first use, which may be inside a checkpointed region.
             todo = [site.norm.job(site.weight()) for site in sites]
             made = jobs.normalize(todo, rounds, store)
@@ -230,7 +257,7 @@ def _fold_layer(layer: Normalised) -> None:
 
 
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
-    chain = _parametrizations(module)[tensor]
+    chain = _chains(module)[tensor]
     value, originals = _evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
     # The original comes back where there is one, so that weights tied to it keep their values.
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)

@@ -106,7 +106,7 @@ class SpectralNorm(nn.Module):
             return self.scaled(unit).to(weight.dtype)
         checks.weight(weight, "weight")
         if self._holds:
-            return self._holds[-1].serve(self.job(weight))
+            return self._holds[-1].serve(weight, self.scale, self._out_dtype(weight))
         return jobs.normalize([self.job(weight)], self.rounds(), self.training)[0].weight
 
     def scaled(self, tensor: Tensor) -> Tensor:
@@ -119,7 +119,8 @@ class SpectralNorm(nn.Module):
 
     def vectors(self) -> Vectors:
         """The stored (u, v) of each view: the buffers themselves."""
-        return {view: (getattr(self, _BUFFERS[view][0]), getattr(self, _BUFFERS[view][1])) for view in self.views}
+        stored = self._buffers  # not getattr: this is asked for at every use of every layer
+        return {view: (stored[_BUFFERS[view][0]], stored[_BUFFERS[view][1]]) for view in self.views}  # type: ignore[misc]
 
     def rounds(self) -> int:
         """How many power iterations a use costs in this mode."""
@@ -179,12 +180,11 @@ class SpectralNorm(nn.Module):
         return views.as_oik(weight, self.dim)
 
     def _out_dtype(self, weight: Tensor) -> torch.dtype:
-        device = weight.device.type
+        if not (self.follows_autocast and jobs.autocast_is_on(weight.device.type)):
+            return weight.dtype
         castable = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
         cached = getattr(parametrize, "_cache_enabled", 0)  # parametrize.cached() would serve one dtype to every reader
-        if self.follows_autocast and castable and not cached and jobs.autocast_is_on(device):
-            return torch.get_autocast_dtype(device)
-        return weight.dtype
+        return torch.get_autocast_dtype(weight.device.type) if castable and not cached else weight.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
         before = dict(self._buffers)

@@ -44,7 +44,7 @@ for _schema in (
     "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int[] dims, int[] views, int n)"
     " -> (Tensor, Tensor)",
     f"rescale(Tensor[] weights, Tensor[] scales, Tensor sigma, Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor)",
-    "rescale_backward(Tensor[] gradients, Tensor grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
+    "rescale_backward(Tensor[] gradients, Tensor? grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
     f"Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor[])",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
@@ -163,7 +163,7 @@ def _own(like: Tensor, x: Tensor) -> Tensor:
 
 def _differentiable_backward(
     gradients: Sequence[Tensor],
-    grad_sigma: Tensor,
+    grad_sigma: Tensor | None,
     bases: Sequence[Tensor],
     scales: Sequence[Tensor],
     sigma: Tensor,
@@ -185,7 +185,9 @@ def _differentiable_backward(
         if which[i] >= 0:
             d_scales[which[i]] = d_scales[which[i]] + (inner / divisor * factors[i]).to(scales[which[i]].dtype)
             inner = inner * scale / divisor
-        along = grad_sigma[i] - torch.where(zero, torch.zeros_like(inner), inner / divisor)
+        along = -torch.where(zero, torch.zeros_like(inner), inner / divisor)
+        if grad_sigma is not None:
+            along = along + grad_sigma[i]
         d_weights.append((scale / divisor * g + along * outer).to(_DTYPES[dtypes[i]]))
     return d_weights, d_scales
 
@@ -215,7 +217,8 @@ def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     checks.gradients(gradients, bases)
     checks.numbers(len(bases), scales, which, factors, dtypes, list(_DTYPES))
     _check_state(bases, sigma, vectors, dims, view_bits, len(bases))
-    checks.flat(grad_sigma, len(bases), sigma.dtype, "grad_sigma")
+    if grad_sigma is not None:
+        checks.flat(grad_sigma, len(bases), sigma.dtype, "grad_sigma")
     d_weights, d_scales = _differentiable_backward(*arguments)
     return [_own(base, dw) for base, dw in zip(arguments[2], d_weights, strict=True)], d_scales
 
@@ -257,7 +260,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None], grad_sigma: Tensor | Non
         parts = torch.split(vectors, sizes)
         found, d_scales = rescale_backward(
             given,
-            torch.zeros_like(sigma[used]) if grad_sigma is None else grad_sigma[used],
+            None if grad_sigma is None else grad_sigma[used],
             [bases[i] for i in used],
             scales,
             sigma[used],

@@ -12,8 +12,9 @@ from fastsn.jobs import Job, Normalised
 
 
 class _Served(NamedTuple):
-    inputs: tuple[Tensor | float, ...]
-    versions: tuple[int, ...]
+    weight: Tensor
+    scale: Tensor | float
+    versions: tuple[int, int]
     value: Tensor
 
 
@@ -21,40 +22,42 @@ class Hold:
     """The vectors fixed at a step's start, and the weights made of them so far, by dtype."""
 
     def __init__(self, normalised: Normalised, job: Job) -> None:
-        self._first = (normalised, job)
+        self._normalised, self._job = normalised, job
+        self._made: dict[torch.dtype, _Served] = {}
         # Under the compiler every use makes its own: a graph cannot ask whether a weight has changed.
-        self._made = {} if torch.compiler.is_compiling() else {job.dtype: _served(job, normalised.weight)}
+        if not torch.compiler.is_compiling():
+            self._keep(job.weight, job.scale, job.dtype, normalised.weight)
 
-    def serve(self, job: Job) -> Tensor:
-        """The weight that was made for such a job, until its weight or scale is another one or has changed in place, or
-        until the graph that is wanted is not the one that was made; then one made anew with the vectors of the hold."""
+    def serve(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
+        that is wanted is not the one that was made; then one made anew with the vectors of the hold."""
         if torch.compiler.is_compiling():
-            return self._make(job)
-        served, wanted = self._made.get(job.dtype), _served(job, job.weight)
-        wants_graph = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in wanted.inputs)
+            return self._make(weight, scale, dtype)
+        served = self._made.get(dtype)
         if (
-            served is None
-            or not all(map(_same, wanted.inputs, served.inputs))
-            or served.versions != wanted.versions
-            or (torch.is_grad_enabled() and wants_graph != served.value.requires_grad)
-            or (served.value.is_inference() and not torch.is_inference_mode_enabled())
+            served is not None
+            and served.weight is weight
+            and (served.scale is scale or (isinstance(scale, float) and served.scale == scale))
+            and served.versions == (_version(weight), _version(scale))
+            and (not torch.is_grad_enabled() or _requires_grad(weight, scale) == served.value.requires_grad)
+            and (not served.value.is_inference() or torch.is_inference_mode_enabled())
         ):
-            served = self._made[job.dtype] = wanted._replace(value=self._make(job))
-        return served.value
+            return served.value
+        return self._keep(weight, scale, dtype, self._make(weight, scale, dtype))
 
-    def _make(self, job: Job) -> Tensor:
-        normalised, first = self._first
-        return jobs.normalize([job._replace(vectors=normalised.vectors(first))], 0, False)[0].weight
+    def _make(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+        vectors = self._normalised.vectors()
+        job = self._job._replace(weight=weight, scale=scale, dtype=dtype, vectors=vectors)
+        return jobs.normalize([job], 0, False)[0].weight
 
-
-def _served(job: Job, value: Tensor) -> _Served:
-    inputs = (job.weight, job.scale)
-    return _Served(inputs, tuple(_version(x) for x in inputs if isinstance(x, Tensor)), value)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    def _keep(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, value: Tensor) -> Tensor:
+        self._made[dtype] = _Served(weight, scale, (_version(weight), _version(scale)), value)
+        return value
 
 
-def _same(a: Tensor | float, b: Tensor | float) -> bool:
-    return a is b or (isinstance(a, float) and isinstance(b, float) and a == b)
+def _version(x: Tensor | float) -> int:
+    return 0 if isinstance(x, float) or x.is_inference() else x._version
+
+
+def _requires_grad(weight: Tensor, scale: Tensor | float) -> bool:
+    return weight.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
