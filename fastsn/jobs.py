@@ -54,11 +54,13 @@ def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     """Iterate ``n`` times, ``store`` the vectors, rescale: one call of each op for all jobs of a device and width."""
     if len(jobs) == 1:
         return _RUN[chosen(jobs[0].impl, jobs[0].weight)](jobs, n, store)
+    kinds: dict[Any, Any] = {}
     groups: dict[Any, list[int]] = {}
     for i, job in enumerate(jobs):
-        weight = job.weight
-        key = (chosen(job.impl, weight), weight.device, reference.wide(weight.dtype))
-        groups.setdefault(key, []).append(i)
+        kind = (job.impl, job.weight.device, job.weight.dtype)
+        if kind not in kinds:
+            kinds[kind] = (chosen(job.impl, job.weight), job.weight.device, reference.wide(job.weight.dtype))
+        groups.setdefault(kinds[kind], []).append(i)
     results: dict[int, Normalised] = {}
     for (impl, _, _), places in groups.items():
         results |= zip(places, _RUN[impl]([jobs[i] for i in places], n, store), strict=True)
