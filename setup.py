@@ -51,26 +51,30 @@ def extension() -> dict[str, Any]:
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         print(f"fastsn: no C++ kernels, torch cannot be imported here: {error}", file=sys.stderr)
         return {"cmdclass": {"sdist": SourceDistribution}}
 
     class Build(BuildExtension):
         """A build that fails leaves behind why, and lets the installation go on."""
 
-        def build_extensions(self) -> None:
-            reason = Path(self.build_lib) / "fastsn" / REASON
+        def run(self) -> None:
+            """Build, and copy into the sources where that was asked for."""
+            homes = [Path(self.build_lib) / "fastsn"]
             if self.inplace or self.editable_mode:
-                reason = Path("fastsn") / REASON
-            reason.unlink(missing_ok=True)
+                homes.append(Path("fastsn"))
+            for old in (path for home in homes for path in home.glob("_C_*")):
+                old.unlink()  # of an earlier build, which must not pass for this one
             try:
-                super().build_extensions()
+                super().run()
             except Exception as error:
                 if os.environ.get("FASTSN_WERROR") == "1":
                     raise
+                reason = homes[-1] / REASON
                 reason.parent.mkdir(parents=True, exist_ok=True)
                 reason.write_text(f"building them failed: {' '.join(str(error).split())[:500]}\n")
                 print(f"fastsn: no C++ kernels, {reason.read_text()}", file=sys.stderr)
+                self.extensions = []
 
     # The name says which torch it belongs to: torch's C++ interface changes with every minor version. Python's own
     # interface is not used, so one file serves all versions of Python.
@@ -81,7 +85,6 @@ def extension() -> dict[str, Any]:
         extra_compile_args=flags(),
         extra_link_args=sanitizers(),
         py_limited_api=True,
-        optional=True,
         depends=HEADERS,
     )
     return {

@@ -89,7 +89,7 @@ def layer_by_layer(layers: nn.ModuleList) -> Forward:
 def compiled(layers: nn.ModuleList, mode: str | None = None) -> Forward:
     function = torch.compile(lambda: [layer.weight for layer in layers], fullgraph=True, mode=mode)
     # BSSN iterates in a graph of its own. In one graph with the rest, torch 2.13 makes a wrong gradient: it iterates
-    # again in backward, from the vectors that forward has already overwritten (pytorch#197039). The gate found it.
+    # again in backward, from the vectors that forward has already overwritten. The gate found it.
     chains = [layer.parametrizations.weight for layer in layers]
     composed = [chain for chain in chains if isinstance(chain[0], ComposedBSSN)]
 

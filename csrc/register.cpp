@@ -168,6 +168,8 @@ std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::T
                                                    const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
                                                    at::IntArrayRef which, at::ArrayRef<double> factors,
                                                    at::IntArrayRef dtypes) {
+  for (const Tensor& w : weights)
+    TORCH_CHECK_NOT_IMPLEMENTED(!w._fw_grad(0).defined(), "fastsn::rescale has no forward-mode derivative");
   if (!at::GradMode::is_enabled() || !(requires_grad(weights) || requires_grad(scales))) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return call_rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);

@@ -8,7 +8,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <thread>
 
 #include "weights.h"
@@ -55,8 +57,7 @@ std::vector<at::ScalarType> check_dtypes(size_t count, at::IntArrayRef dtypes) {
   std::vector<at::ScalarType> found;
   for (size_t i = 0; i < count; ++i) {
     const auto dtype = static_cast<at::ScalarType>(dtypes[i]);
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
-                     "dtypes[", i, "] must be 5 (float16), 6 (float32), 7 (float64) or 15 (bfloat16), got ", dtypes[i]);
+    TORCH_CHECK_TYPE(static_cast<int64_t>(dtype) == dtypes[i] && has_kernels(dtype), "dtypes[", i, "] must be 5 (float16), 6 (float32), 7 (float64) or 15 (bfloat16), got ", dtypes[i]);
     found.push_back(dtype);
   }
   return found;
@@ -107,6 +108,18 @@ Result result(const Tensor& like, Weight& w, at::ScalarType dtype) {
   return {tensor, {at::empty_like(w.rows.tensor, w.rows.tensor.options().dtype(dtype)), w.n()}};
 }
 
+// 1 / sigma and scale, the factors of W̄. Where 1 / sigma is out of range, a power of two that is not, and the rest.
+template <class A>
+std::pair<A, A> factors(A sigma, double scale) {
+  constexpr int kRange = std::numeric_limits<A>::max_exponent - 2;
+  if (sigma == 0) return {A(1), static_cast<A>(scale)};
+  const double size = std::abs(static_cast<double>(sigma));
+  if (!std::isfinite(size) || (size > std::ldexp(1.0, -kRange) && size < std::ldexp(1.0, kRange)))
+    return {A(1) / sigma, static_cast<A>(scale)};
+  const int power = std::clamp(-std::ilogb(size), -kRange, kRange);
+  return {static_cast<A>(std::ldexp(1.0, power)), static_cast<A>(scale * (std::ldexp(1.0, -power) / sigma))};
+}
+
 template <class A>
 void forward(const std::vector<Weight>& weights, const std::vector<double>& scales, const A* sigmas,
              const std::vector<Result>& results) {
@@ -117,12 +130,12 @@ void forward(const std::vector<Weight>& weights, const std::vector<double>& scal
     const Item& item = work[count - 1 - i];  // backwards: what was iterated last is still in the cache
     const Weight& w = weights[item.weight];
     const Rows& out = results[item.weight].rows;
-    const A sigma = sigmas[item.weight], inverse = A(1) / (sigma == 0 ? A(1) : sigma);
+    const auto [inverse, scale] = factors<A>(sigmas[item.weight], scales[item.weight]);
     A* const memory = scratch<A>(2 * kBlock, 0);
     runs(w.rows, out, w.n(), item.begin, item.end, [&](int64_t from, int64_t to, int64_t n) {
       const A* const in = widened<A>(w.rows.tensor, from, n, memory);
       A* const place = target<A>(out.tensor, to, memory + kBlock);
-      kernels<A>().rescale(in, place, n, inverse, static_cast<A>(scales[item.weight]));
+      kernels<A>().rescale(in, place, n, inverse, scale);
       narrowed<A>(out.tensor, to, n, place);
     });
   });
@@ -207,25 +220,12 @@ class Backward {
   // d_scales: the derivative by the scale of each weight, where its base is the weight itself.
   void run(double* d_scales) {
     for_each(static_cast<int64_t>(work_.size()), parallel_, [&](int64_t i) {
-      const Work& work = work_[i];
-      const Item& piece = pieces_[work.piece];
-      State& state = states_[piece.weight];
-      if (work.rows) {
-        // Work is handed out in order, so what is waited for is being worked on, or has failed.
-        while (!state.ready.load(std::memory_order_acquire)) std::this_thread::yield();
-        rows(piece, state);
-        return;
-      }
-      const auto done = [&] {
-        if (state.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) settle(piece.weight, d_scales);
-      };
       try {
-        dots_[work.piece] = dot(piece);
-      } catch (...) {
-        done();
+        work(work_[i], d_scales);
+      } catch (...) {  // out of memory: nobody may wait for what will never be there
+        failed_.store(true, std::memory_order_release);
         throw;
       }
-      done();
     });
   }
 
@@ -240,6 +240,22 @@ class Backward {
     std::atomic<int64_t> pending{0};
     std::atomic<bool> ready{false};
   };
+
+  void work(const Work& work, double* d_scales) {
+    const Item& piece = pieces_[work.piece];
+    State& state = states_[piece.weight];
+    if (!work.rows) {
+      dots_[work.piece] = dot(piece);
+      if (state.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) settle(piece.weight, d_scales);
+      return;
+    }
+    // Work is handed out in order: what is waited for is being worked on by another thread, or has failed.
+    while (!state.ready.load(std::memory_order_acquire)) {
+      if (failed_.load(std::memory_order_acquire)) return;
+      std::this_thread::yield();
+    }
+    rows(piece, state);
+  }
 
   double dot(const Item& piece) const {
     const Gradient& gradient = gradients_[piece.weight];
@@ -293,6 +309,7 @@ class Backward {
   std::vector<Item> pieces_;
   std::vector<double> dots_;
   std::vector<Work> work_;
+  std::atomic<bool> failed_{false};
   bool parallel_ = false;
 };
 
@@ -355,8 +372,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
     Weight& w = list[i];
     TORCH_CHECK_VALUE(g.sizes() == base.sizes(), "gradients[", i, "] must have shape ", base.sizes(), ", got ", g.sizes());
     TORCH_CHECK_VALUE(g.device().is_cpu(), "gradients[", i, "] must be on cpu, got ", g.device());
-    TORCH_CHECK_TYPE(at::isFloatingType(g.scalar_type()), "gradients[", i, "] must be floating point, got ",
-                     g.scalar_type());
+    TORCH_CHECK_TYPE(has_kernels(g.scalar_type()), "gradients[", i,
+                     "] must be float32, float64, float16 or bfloat16, got ", g.scalar_type());
     Gradient gradient;
     gradient.result = result(base, w, own_dtypes[i]);
     gradient.base = w.rows;

@@ -61,26 +61,26 @@ class Recycler final : public c10::Allocator {
       idle_bytes_ -= size;
       return block;
     }
+    trim();
     return nullptr;
   }
 
-  // Keeps at most as much as was ever in use at once.
   static void release(void* context) {
     Recycler& self = instance();
-    std::vector<Block*> surplus;
-    {
-      const std::lock_guard<std::mutex> lock(self.mutex_);
-      auto* const block = static_cast<Block*>(context);
-      self.live_ -= block->size;
-      self.idle_.push_back(block);
-      self.idle_bytes_ += block->size;
-      while (self.idle_bytes_ + self.live_ > self.peak_) {
-        surplus.push_back(self.idle_.front());
-        self.idle_bytes_ -= self.idle_.front()->size;
-        self.idle_.erase(self.idle_.begin());
-      }
-    }
-    for (Block* const block : surplus) {
+    const std::lock_guard<std::mutex> lock(self.mutex_);
+    auto* const block = static_cast<Block*>(context);
+    self.live_ -= block->size;
+    self.idle_.push_back(block);
+    self.idle_bytes_ += block->size;
+    self.trim();
+  }
+
+  // Keeps at most as much as was ever in use at once; the oldest go first.
+  void trim() {
+    while (idle_bytes_ + live_ > peak_ && !idle_.empty()) {
+      Block* const block = idle_.front();
+      idle_bytes_ -= block->size;
+      idle_.erase(idle_.begin());
       std::free(block->data);
       delete block;
     }

@@ -11,6 +11,10 @@ at::ScalarType wide(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+bool has_kernels(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
 at::ScalarType sum_dtype(at::TensorList weights) {
   const at::ScalarType first = wide(weights[0].scalar_type());
   for (size_t i = 0; i < weights.size(); ++i)
@@ -63,8 +67,7 @@ View place(int64_t u_size, int64_t v_size, Sizes* sizes) {
 void check(const Tensor& w, int64_t dim, int64_t views, const Tensor& first, const char* name, size_t at) {
   TORCH_CHECK_TYPE(w.layout() == at::kStrided, name, "[", at, "] must be dense, got layout ", w.layout());
   const auto dtype = w.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, name,
-                   "[", at, "] must be float32, float64, float16 or bfloat16, got ", dtype);
+  TORCH_CHECK_TYPE(has_kernels(dtype), name, "[", at, "] must be float32, float64, float16 or bfloat16, got ", dtype);
   TORCH_CHECK_VALUE(w.dim() >= 2, name, "[", at, "] must have at least 2 dimensions, got shape ", w.sizes());
   TORCH_CHECK_VALUE(w.numel() > 0, name, "[", at, "] must have at least one element, got shape ", w.sizes());
   TORCH_CHECK_VALUE(w.device() == first.device(), name, "[", at, "] must be on the device of ", name, "[0], ",

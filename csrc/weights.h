@@ -45,6 +45,8 @@ struct Weight {
 
 // float32 for half-precision weights, otherwise their own.
 at::ScalarType wide(at::ScalarType dtype);
+// The dtypes of weights, results and gradients.
+bool has_kernels(at::ScalarType dtype);
 // The one that all weights of a list have in common; an error names the first that has another.
 at::ScalarType sum_dtype(at::TensorList weights);
 

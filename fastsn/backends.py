@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMES = ("auto", "reference", "cpp", "triton")
 
@@ -32,7 +33,8 @@ def chosen(impl: str, weight: Tensor) -> str:
     """The implementation that serves a weight: "reference" or "cpp".
 
     "auto" takes the kernels of the weight's device, and the reference where there are none: complex weights, other
-    devices, and inside torch.func's transforms, which see through the reference but not into kernels.
+    devices, and inside torch.func's transforms and forward-mode differentiation, which see through the reference but
+    not into kernels.
 
     Raises:
         ValueError: an unknown ``impl``, or one for other devices than the weight's.
@@ -50,7 +52,9 @@ def chosen(impl: str, weight: Tensor) -> str:
     if weight.dtype not in _KERNEL_DTYPES:
         raise TypeError(f"impl={impl!r} needs float32, float64, float16 or bfloat16 weights, got {weight.dtype}")
     if transformed():
-        raise RuntimeError(f"impl={impl!r} does not work inside torch.func transforms: use 'auto' or 'reference'")
+        raise RuntimeError(
+            f"impl={impl!r} does not work inside torch.func transforms or forward-mode differentiation: use 'auto'"
+        )
     return impl
 
 
@@ -65,10 +69,10 @@ def available(impl: str) -> str:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode differentiation is running."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def _load_cpp() -> Backend:

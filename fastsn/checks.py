@@ -179,5 +179,5 @@ def gradients(found: Sequence[Tensor], bases: Sequence[Tensor]) -> None:
     for i, (g, base) in enumerate(zip(found, bases, strict=True)):
         if g.shape != base.shape:
             raise ValueError(f"gradients[{i}] must have shape {list(base.shape)}, got {list(g.shape)}")
-        if not g.is_floating_point():
-            raise TypeError(f"gradients[{i}] must be floating point, got {g.dtype}")
+        if g.dtype not in REAL:
+            raise TypeError(f"gradients[{i}] must be float32, float64, float16 or bfloat16, got {g.dtype}")

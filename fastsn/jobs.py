@@ -24,6 +24,10 @@ class Job(NamedTuple):
     dtype: torch.dtype
     impl: str = "auto"
 
+    def requires_grad(self) -> bool:
+        """Whether W̄ should: an op gives all of its results a graph as soon as one needs it."""
+        return self.weight.requires_grad or (isinstance(self.scale, Tensor) and self.scale.requires_grad)
+
 
 class Normalised(NamedTuple):
     """W̄, and the vectors that it was made with: private copies, which the next forward does not overwrite."""
@@ -104,7 +108,8 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
     outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
     batch = _Batch(jobs, vectors)
-    return [Normalised(w, batch, i) for i, w in enumerate(outputs)]
+    own = [w if job.requires_grad() else w.detach() for w, job in zip(outputs, jobs, strict=True)]
+    return [Normalised(w, batch, i) for i, w in enumerate(own)]
 
 
 def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:

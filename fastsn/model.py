@@ -197,7 +197,7 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
     anew with the block's vectors (a change through ``.data`` is not seen). All uses share one graph, so call
     ``backward`` once (or keep the graph). With activation checkpointing, enter autocast before the step and call
-    ``backward`` inside the block: W̄ must not be made in a region that is recomputed.
+    ``backward`` inside the block: W̄ must not be made in a region that is recomputed. A step belongs to one thread.
 
     Raises:
         ValueError: a weight on the meta device. No vector has moved.

@@ -211,7 +211,7 @@ def _outer_products(
     return products
 
 
-def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _check_backward(*arguments: Any) -> None:
     gradients, grad_sigma, bases, scales, sigma, vectors, dims, view_bits, which, factors, dtypes = arguments
     checks.weights(bases, dims, view_bits)
     checks.gradients(gradients, bases)
@@ -219,6 +219,10 @@ def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     _check_state(bases, sigma, vectors, dims, view_bits, len(bases))
     if grad_sigma is not None:
         checks.flat(grad_sigma, len(bases), sigma.dtype, "grad_sigma")
+
+
+def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    _check_backward(*arguments)
     d_weights, d_scales = _differentiable_backward(*arguments)
     return [_own(base, dw) for base, dw in zip(arguments[2], d_weights, strict=True)], d_scales
 
@@ -282,6 +286,7 @@ torch.library.register_autograd("fastsn::rescale", _backward, setup_context=_sav
 
 def _rescale_backward_autograd(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     if torch.is_grad_enabled():
+        _check_backward(*arguments)
         return _differentiable_backward(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return rescale_backward(*arguments)  # type: ignore[no-any-return]

@@ -65,6 +65,20 @@ def test_a_broken_library_is_no_reason_to_fail(tmp_path):
     assert f"False {name} cannot be loaded" in run(tmp_path, "-c", ASK)
 
 
+def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path):
+    folder = bare(tmp_path)
+    for name in ("csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    (folder / "fastsn" / "_C_torch0_0.abi3.so").write_text("of an earlier build")
+    environment = {**os.environ, "CC": "false", "CXX": "false", "FASTSN_WERROR": "0"}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+    assert " False building them failed: " in run(folder, "-c", ASK)
+    environment["FASTSN_WERROR"] = "1"
+    assert subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
+
+
 def test_everything_works_on_the_reference(tmp_path):
     """The op tests, gradients of layers and steps, with the package as it is before anything is built: this is also
     the test of the ops' rules in Python, which devices without kernels of their own use."""

@@ -107,7 +107,13 @@ def test_a_state_that_belongs_to_other_weights(implementation, position, name):
     [
         (lambda a: a[0].pop(), ValueError, "gradients must have 1 entries, one per entry of bases, got 0"),
         (lambda a: a[0].__setitem__(0, torch.randn(3, 2)), ValueError, r"gradients\[0\] must have shape \[3, 2, 2\]"),
-        (lambda a: a[0].__setitem__(0, torch.ones(3, 2, 2).long()), TypeError, r"gradients\[0\] must be floating"),
+        (lambda a: a[0].__setitem__(0, torch.ones(3, 2, 2).long()), TypeError, r"gradients\[0\] must be float32"),
+        (
+            lambda a: a[0].__setitem__(0, torch.ones(3, 2, 2).to(torch.float8_e5m2)),
+            TypeError,
+            r"gradients\[0\] must be",
+        ),
+        (lambda a: a[-1].__setitem__(0, 262), TypeError, r"dtypes\[0\] must be .*, got 262"),
         (lambda a: a.__setitem__(1, torch.zeros(2)), ValueError, r"grad_sigma must have shape \[1\], got \[2\]"),
     ],
 )

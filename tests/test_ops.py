@@ -329,3 +329,64 @@ def test_a_model_in_a_step_costs_as_many_calls_as_a_layer():
             assert sorted(set(names)) == ["fastsn::power_iteration_", "fastsn::rescale", "fastsn::rescale_backward"]
             assert names.count("fastsn::power_iteration_") == 1
             assert names.count("fastsn::rescale_backward") == 1
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-40, 2e-39, 1e-37, 1e37])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_weights_at_the_ends_of_the_range_are_finite_and_right(size, dim):
+    w = torch.randn(6, 4, 3, 3) * size
+    c = call([w], [dim])
+    (output,), mean = c.rescale(*c.iterate(3))
+    assert output.isfinite().all()
+    torch.testing.assert_close(output.double(), 1.3 * w.double() / mean.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-300, 1e300])
+def test_float64_weights_at_the_ends_of_the_range(size):
+    c = call([torch.randn(5, 4, 3, dtype=torch.float64) * size], [0])
+    _, vectors = c.iterate(2)
+    c.weights = [c.weights[0] / size]
+    torch.testing.assert_close(vectors, c.iterate(2)[1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when forward mode is first used
+def test_forward_mode_differentiation_goes_through_the_reference():
+    weight, tangent = torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    layer = fastsn.SNConv1d(3, 4, 2, dtype=torch.float64).eval()
+    results = []
+    for impl in ("auto", "reference"):
+        layer.spectral_norm.impl = impl
+        with torch.autograd.forward_ad.dual_level():
+            dual = layer.spectral_norm(torch.autograd.forward_ad.make_dual(weight, tangent))
+            results.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
+    assert torch.equal(*results)
+    c = call([weight], [0])
+    sigma, vectors = c.iterate()
+    if fastsn.backends()["cpp"].available:
+        with torch.autograd.forward_ad.dual_level():
+            c.weights = [torch.autograd.forward_ad.make_dual(weight, tangent)]
+            with pytest.raises(NotImplementedError, match="no forward-mode"):
+                c.rescale(sigma, vectors)
+
+
+def test_frozen_layers_of_a_step_are_normalised_once():
+    model = nn.Sequential(*(fastsn.BSSNConv2d(2, 2, 3, padding=1, scale=1.2) for _ in range(3)))
+    model[0].weight.requires_grad_(False)
+    with torch.profiler.profile() as profile, fastsn.step(model):
+        first, second = model(torch.randn(1, 2, 4, 4)), model(torch.randn(1, 2, 4, 4))
+    assert not model[0].normalised()[0].requires_grad
+    (first - second).sum().backward()
+    assert [p.weight.grad is None for p in model] == [True, False, False]
+    if fastsn.backends()["cpp"].available:
+        names = [event.name for event in profile.events()]
+        assert sum(name.startswith("fastsn::power_iteration") for name in names) == 1
+
+
+def test_a_scale_that_is_set_to_an_integer():
+    layer = fastsn.BSSNLinear(4, 4)
+    layer.spectral_norm.scale = 2
+    with fastsn.step(layer):
+        inside, _ = layer.normalised()
+        again, _ = layer.normalised()
+    assert inside is again
+    torch.testing.assert_close(layer.eval().normalised()[0], inside)

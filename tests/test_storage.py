@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_idle_memory_is_bounded_by_what_was_in_use_at_once(large):
     for _ in range(50):
         pointers.add(result(large).data_ptr())
     assert len(pointers) <= 2
+
+
+def test_idle_memory_of_other_sizes_makes_room():
+    """Six blocks of 32 MB that are free again do not stay beside ten of 18 MB that are in use."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def results(count: int, rows: int) -> list[Tensor]:
+        c = call([torch.randn(rows, 4096)], [0], [1])
+        return [result(c) for _ in range(count)]
+
+    before = resident()
+    results(6, 2048)
+    second = results(10, 1150)
+    assert resident() - before < 330e6
+    assert len({x.data_ptr() for x in second}) == 10
 
 
 def test_threads_never_share_a_block():
