@@ -64,7 +64,7 @@ def _bars(axes: Axes, result: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     labels = [
-        f"{workload}\n{x['layers']} layers, {x['weights_MB']:.3g} MB, floor {x['floor_ms']:.2g} ms"
+        f"{workload}\n{x['layers']} layers, {x['weights_MB']:.3g} MB\nfloor {x['floor_ms']:.2g} ms"
         for workload, x in ((w, next(iter(found.values()))) for w, found in workloads.items())
     ]
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
