@@ -111,7 +111,7 @@ struct Job {
       }
       A* const block_p = p_unit ? p + row : nullptr;
       A* const block_q = q_unit ? q + row * s.k : nullptr;
-      if (halves & kLocal) kernels<A>().local(block, s, x, z, block_p, block_q, inner);
+      if (halves & kLocal) kernels<A>().local(block, next, s, x, z, block_p, block_q, inner);
       if (halves & kAccumulate)
         kernels<A>().accumulate(block, next, s, block_p, block_q, x_sums(piece), z_sums(piece), inner);
     }

@@ -59,10 +59,11 @@ int64_t inner_size(const Shape& s) {
 template <class A>
 struct Kernels {
   // p (may be null): kRows results. q (may be null): kRows x K results; x, z: padded; for "bk" z is spread to n
-  // elements, z[b] at b·K + k. scratch: inner_size.
-  void (*local)(const A* const* rows, const Shape& s, const A* x, const A* z, A* p, A* q, A* scratch);
-  // Adds to x and z (padded; z spread as above for "bk"). p or q null: that matrix is left out. next: the rows that
-  // come after these, to be fetched meanwhile (never read).
+  // elements, z[b] at b·K + k. next: the rows that come after these, to be fetched meanwhile (never read).
+  // scratch: inner_size.
+  void (*local)(const A* const* rows, const A* const* next, const Shape& s, const A* x, const A* z, A* p, A* q,
+                A* scratch);
+  // Adds to x and z (padded; z spread as above for "bk"). p or q null: that matrix is left out.
   void (*accumulate)(const A* const* rows, const A* const* next, const Shape& s, const A* p, const A* q, A* x, A* z,
                      A* scratch);
   // out = (w · inverse) · scale: two roundings, so that BSSN is exactly scale times BSN.

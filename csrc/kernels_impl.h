@@ -137,10 +137,18 @@ FN void spread(const A* q, int64_t k, int64_t period, int64_t span, A* out) {
   for (int64_t j = period; j < span; j += lanes<A>()) store(out + j, load(out + j - period));
 }
 
+// Fetches the next block of rows while this one is worked on: a block goes through both halves, and only the first time
+// does it come from far away. Each half fetches one half of the rows, so that memory is never idle.
+template <class A>
+FN void prefetch(const A* const* next, int half, int64_t at) {
+  for (int r = half * kRows / 2; r < (half + 1) * kRows / 2; ++r) __builtin_prefetch(next[r] + at, 0, 2);
+}
+
 // "bk": the class of a lane repeats after `period` elements, which are added up per class at the end. One: the period
 // is a single vector (K is a power of two up to the lanes), and the sums stay in registers.
 template <class A, bool P, bool Q, bool One>
-FN void local_bk(const A* const* rows, const Shape& s, int64_t period, const A* x, const A* z, A* p, A* q, A* classes) {
+FN void local_bk(const A* const* rows, const A* const* next, const Shape& s, int64_t period, const A* x, const A* z,
+                 A* p, A* q, A* classes) {
   const int64_t n = s.n(), run = Q && !One ? period : n;
   Four<A> sums = {}, one = {};
   if (Q && !One) clear(classes, kRows * period);
@@ -152,7 +160,10 @@ FN void local_bk(const A* const* rows, const Shape& s, int64_t period, const A* 
   for (int64_t begin = 0; begin < n; begin += run) {
     const int64_t length = n - begin < run ? n - begin : run;
     int64_t j = 0;
-    for (; j + lanes<A>() <= length; j += lanes<A>()) step(load_rows(rows, begin + j), begin + j, j);
+    for (; j + lanes<A>() <= length; j += lanes<A>()) {
+      prefetch(next, 0, begin + j);
+      step(load_rows(rows, begin + j), begin + j, j);
+    }
     if (j < length) step(load_rows_some(rows, begin + j, length - j), begin + j, j);
   }
   if (P) store_sums(sums, p, 1);
@@ -163,7 +174,7 @@ FN void local_bk(const A* const* rows, const Shape& s, int64_t period, const A* 
 }
 
 template <class A, bool P, bool Q>
-FN void local_kb(const A* const* rows, const Shape& s, const A* x, const A* z, A* p, A* q) {
+FN void local_kb(const A* const* rows, const A* const* next, const Shape& s, const A* x, const A* z, A* p, A* q) {
   Four<A> sums = {};
   for (int64_t k = 0; k < s.k; ++k) {
     Four<A> segment = {};
@@ -172,7 +183,10 @@ FN void local_kb(const A* const* rows, const Shape& s, const A* x, const A* z, A
       if (Q) add_product(segment, w, load(z + b));
     };
     int64_t b = 0;
-    for (; b + lanes<A>() <= s.b; b += lanes<A>()) step(load_rows(rows, k * s.b + b), b);
+    for (; b + lanes<A>() <= s.b; b += lanes<A>()) {
+      prefetch(next, 0, k * s.b + b);
+      step(load_rows(rows, k * s.b + b), b);
+    }
     if (b < s.b) step(load_rows_some(rows, k * s.b + b, s.b - b), b);
     if (Q) store_sums(segment, q + k, s.k);
   }
@@ -180,26 +194,20 @@ FN void local_kb(const A* const* rows, const Shape& s, const A* x, const A* z, A
 }
 
 template <class A>
-ENTRY void local(const A* const* rows, const Shape& s, const A* x, const A* z, A* p, A* q, A* scratch) {
+ENTRY void local(const A* const* rows, const A* const* next, const Shape& s, const A* x, const A* z, A* p, A* q,
+                 A* scratch) {
   const int64_t period = fastsn::period<A>(s);
   const bool one = period == lanes<A>();
   if (s.kb) {
-    if (p && q) return local_kb<A, true, true>(rows, s, x, z, p, q);
-    if (p) return local_kb<A, true, false>(rows, s, x, z, p, q);
-    return local_kb<A, false, true>(rows, s, x, z, p, q);
+    if (p && q) return local_kb<A, true, true>(rows, next, s, x, z, p, q);
+    if (p) return local_kb<A, true, false>(rows, next, s, x, z, p, q);
+    return local_kb<A, false, true>(rows, next, s, x, z, p, q);
   }
-  if (p && q && one) return local_bk<A, true, true, true>(rows, s, period, x, z, p, q, scratch);
-  if (p && q) return local_bk<A, true, true, false>(rows, s, period, x, z, p, q, scratch);
-  if (p) return local_bk<A, true, false, false>(rows, s, period, x, z, p, q, scratch);
-  if (one) return local_bk<A, false, true, true>(rows, s, period, x, z, p, q, scratch);
-  return local_bk<A, false, true, false>(rows, s, period, x, z, p, q, scratch);
-}
-
-// Fetches what the next block of rows will need while this one is worked on: the rows go through twice, and only the
-// first time do they come from far away.
-template <class A>
-FN void prefetch(const A* const* next, int64_t at) {
-  for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + at, 0, 2);
+  if (p && q && one) return local_bk<A, true, true, true>(rows, next, s, period, x, z, p, q, scratch);
+  if (p && q) return local_bk<A, true, true, false>(rows, next, s, period, x, z, p, q, scratch);
+  if (p) return local_bk<A, true, false, false>(rows, next, s, period, x, z, p, q, scratch);
+  if (one) return local_bk<A, false, true, true>(rows, next, s, period, x, z, p, q, scratch);
+  return local_bk<A, false, true, false>(rows, next, s, period, x, z, p, q, scratch);
 }
 
 template <class A, bool P, bool Q>
@@ -220,7 +228,7 @@ FN void accumulate_bk(const A* const* rows, const A* const* next, const Shape& s
     const int64_t length = n - begin < run ? n - begin : run;
     int64_t j = 0;
     for (; j + lanes<A>() <= length; j += lanes<A>()) {
-      prefetch(next, begin + j);
+      prefetch(next, 1, begin + j);
       step(load_rows(rows, begin + j), begin + j, j);
     }
     if (j < length) step(load_rows_some(rows, begin + j, length - j), begin + j, j);
@@ -238,7 +246,7 @@ FN void accumulate_kb(const A* const* rows, const A* const* next, const Shape& s
     };
     int64_t b = 0;
     for (; b + lanes<A>() <= s.b; b += lanes<A>()) {
-      prefetch(next, k * s.b + b);
+      prefetch(next, 1, k * s.b + b);
       step(load_rows(rows, k * s.b + b), b);
     }
     if (b < s.b) step(load_rows_some(rows, k * s.b + b, s.b - b), b);

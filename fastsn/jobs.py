@@ -24,10 +24,6 @@ class Job(NamedTuple):
     dtype: torch.dtype
     impl: str = "auto"
 
-    def requires_grad(self) -> bool:
-        """Whether W̄ should: an op gives all of its results a graph as soon as one needs it."""
-        return self.weight.requires_grad or (isinstance(self.scale, Tensor) and self.scale.requires_grad)
-
 
 class Normalised(NamedTuple):
     """W̄, and the vectors that it was made with: private copies, which the next forward does not overwrite."""
@@ -52,6 +48,11 @@ class _Batch(NamedTuple):
 
     jobs: Sequence[Job]
     vectors: Tensor
+
+
+def requires_grad(weight: Tensor, scale: float | Tensor) -> bool:
+    """Whether W̄ should: an op gives all of its results a graph as soon as one needs it."""
+    return weight.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
 
 
 def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
@@ -108,7 +109,7 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
     outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
     batch = _Batch(jobs, vectors)
-    own = [w if job.requires_grad() else w.detach() for w, job in zip(outputs, jobs, strict=True)]
+    own = [w if requires_grad(job.weight, job.scale) else w.detach() for w, job in zip(outputs, jobs, strict=True)]
     return [Normalised(w, batch, i) for i, w in enumerate(own)]
 
 

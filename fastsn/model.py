@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, jobs, reference, views
 from fastsn.layers import Normalised
-from fastsn.norm import WARM_UP_ITERATIONS, SpectralNorm
+from fastsn.norm import WARM_UP_ITERATIONS
+from fastsn.sites import Site, evaluated, sites
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -23,94 +25,6 @@ class Sigmas(NamedTuple):
     sigma: float
     sigma_out: float
     sigma_in: float
-
-
-class _Site(NamedTuple):
-    """Where a norm sits: in a fastsn layer, or as number ``place`` of the parametrizations of ``owner.tensor``, behind
-    ``depth`` other norms."""
-
-    name: str
-    owner: nn.Module
-    tensor: str
-    norm: SpectralNorm
-    place: int | None
-    depth: int
-
-    def weight(self) -> Tensor:
-        """What the norm is applied to, in evaluation, so that nothing moves."""
-        chain = _chains(self.owner).get(self.tensor)
-        if chain is None:
-            weight = getattr(self.owner, self.tensor)
-        elif self.place == 0 and chain.is_tensor:
-            weight = chain.original
-        else:
-            weight = _evaluated(chain, self.place)
-        return checks.weight(weight, self.name or type(self.owner).__name__)
-
-
-def _evaluated(chain: Any, count: int | None = None, held: bool = True) -> Tensor:
-    """The tensor after the first ``count`` parametrizations (default: all), each in evaluation mode; ``held`` takes
-    the vectors of a step in force."""
-    names = ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
-    values = [getattr(chain, name) for name in names]
-    for part in list(chain)[:count]:
-        if isinstance(part, SpectralNorm):
-            values = [part.peek(*values) if held else part.evaluate(*values)]
-            continue
-        modes = [(module, module.training) for module in part.modules()]
-        try:
-            values = [part.eval()(*values)]
-        finally:
-            for module, training in modes:
-                module.training = training
-    (value,) = values
-    return value  # type: ignore[no-any-return]
-
-
-def _chains(module: nn.Module) -> dict[str, Any]:
-    """The ParametrizationLists of a module, by tensor."""
-    chains = module._modules.get("parametrizations")
-    return chains._modules if chains is not None and parametrize.is_parametrized(module) else {}
-
-
-def _sites(model: nn.Module) -> list[_Site]:
-    """Every norm of the model once, in the order of ``named_modules``. A training step asks for it: each module costs a
-    microsecond or two."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    sites: list[_Site] = []
-    seen: set[nn.Module] = set()
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        sites.extend(_sites_of(module, prefix))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(child, f"{prefix}.{name}" if prefix else name)
-
-    visit(model, "")
-    return sites
-
-
-def _sites_of(module: nn.Module, prefix: str) -> list[_Site]:
-    found: list[tuple[str, int | None, SpectralNorm]] = [
-        (tensor, i, part)
-        for tensor, chain in _chains(module).items()
-        for i, part in enumerate(chain)
-        if isinstance(part, SpectralNorm)
-    ]
-    if isinstance(module, Normalised):
-        found.append(("weight", None, module.spectral_norm))
-    sites = []
-    for at, (tensor, i, norm) in enumerate(found):
-        several = sum(other == tensor for other, _, _ in found) > 1
-        position = "spectral_norm" if i is None else str(i)
-        name = ".".join(filter(None, (prefix, tensor if tensor != "weight" else "", position if several else "")))
-        depth = sum(other == tensor for other, _, _ in found[:at])
-        sites.append(_Site(name, module, tensor, norm, i, depth))
-    return sites
 
 
 @torch.no_grad()
@@ -126,15 +40,14 @@ def sigmas(model: nn.Module) -> dict[str, Sigmas]:
 
     Waits for the device once for all layers. Raises ValueError for weights on the meta device.
     """
-    sites = _checked_sites(model)
-    measured = [_measure(site) for site in sites]
+    found = _weights(model)
+    measured = [_measure(site, weight) for site, weight in found]
     rows = torch.stack([m.to(measured[0].device) for m in measured]).tolist() if measured else []
-    return {site.name: Sigmas(*row) for site, row in zip(sites, rows, strict=True)}
+    return {site.name: Sigmas(*row) for (site, _), row in zip(found, rows, strict=True)}
 
 
-def _measure(site: _Site) -> Tensor:
+def _measure(site: Site, weight: Tensor) -> Tensor:
     """(sigma, sigma_out, sigma_in)."""
-    weight = site.weight()
     if weight.ndim == 1:
         norm: Tensor = torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype)))
         return norm.expand(3)
@@ -148,17 +61,19 @@ def _measure(site: _Site) -> Tensor:
     return torch.stack([torch.real(x) for x in (reference.mean_sigma(tracked), tracked["out"], last)])
 
 
-def _checked_sites(model: nn.Module, vectors_too: bool = True) -> list[_Site]:
-    """All sites, once every weight (and vector) is known to have values: nothing moves if one has none."""
-    sites = _sites(model)
-    for site in sites:
-        if site.weight().is_meta:
+def _weights(model: nn.Module, vectors_too: bool = True) -> list[tuple[Site, Tensor]]:
+    """All sites with their weights, once all of them (and all vectors) are known to have values: else nothing moves."""
+    found = []
+    for site in sites(model):
+        weight = site.weight()
+        if weight.is_meta:
             raise ValueError(
                 f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first"
             )
         if vectors_too and any(x is not None and x.is_meta for x in site.norm._buffers.values()):
             raise ValueError(f"u and v of {site.name!r} must have values, got meta tensors: call fastsn.warm_up first")
-    return sites
+        found.append((site, weight))
+    return found
 
 
 @torch.no_grad()
@@ -176,8 +91,8 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
         ValueError: ``iterations`` < 1, or a weight on the meta device.
     """
     checks.count(iterations, "iterations")
-    for site in _checked_sites(model, vectors_too=False):
-        site.norm.warm_up(site.weight(), iterations)
+    for site, _ in _weights(model, vectors_too=False):
+        site.norm.warm_up(site.weight(), iterations)  # asked again: norms on one tensor follow one another
     return model
 
 
@@ -202,18 +117,19 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     Raises:
         ValueError: a weight on the meta device. No vector has moved.
     """
-    groups: dict[tuple[int, int, bool], list[_Site]] = {}
-    for site in _checked_sites(model):
+    groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor]]] = {}
+    for site, weight in _weights(model):
         norm = site.norm
         if norm.views:  # a 1-D weight has no vectors to share
-            groups.setdefault((site.depth, norm.rounds(), advance and norm.training), []).append(site)
+            groups.setdefault((site.depth, norm.rounds(), advance and norm.training), []).append((site, weight))
     releases = []
     try:
-        for (_, rounds, store), sites in sorted(groups.items(), key=lambda group: group[0]):
-            # W̄ is made here, in one call, not at the first use, which may be inside a checkpointed region.
-            todo = [site.norm.job(site.weight()) for site in sites]
+        for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
+            # W̄ is made here, in one call, not at the first use, which may be inside a checkpointed region. What lies
+            # behind other norms is asked for again, now that those hold.
+            todo = [site.norm.job(site.weight() if depth else weight) for site, weight in found]
             made = jobs.normalize(todo, rounds, store)
-            releases += [site.norm.hold(w, job) for site, w, job in zip(sites, made, todo, strict=True)]
+            releases += [site.norm.hold(w, job) for (site, _), w, job in zip(found, made, todo, strict=True)]
         yield
     finally:
         for release in reversed(releases):
@@ -234,11 +150,11 @@ def fold(model: Module) -> Module:
         TypeError: a user's subclass of a fastsn layer, which has no plain counterpart. The model is unchanged.
         ValueError: a weight on the meta device. The model is unchanged.
     """
-    sites = _checked_sites(model)
-    for site in sites:
+    found = [site for site, _ in _weights(model)]
+    for site in found:
         if isinstance(site.owner, Normalised) and "variant" not in type(site.owner).__dict__:
             raise TypeError(f"model has {type(site.owner).__name__} at {site.name!r}, a subclass that cannot be folded")
-    for owner, tensor in dict.fromkeys((site.owner, site.tensor) for site in sites):
+    for owner, tensor in dict.fromkeys((site.owner, site.tensor) for site in found):
         if isinstance(owner, Normalised):
             _fold_layer(owner)
         else:
@@ -257,8 +173,8 @@ def _fold_layer(layer: Normalised) -> None:
 
 
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
-    chain = _chains(module)[tensor]
-    value, originals = _evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
+    chain: ParametrizationList = module.parametrizations[tensor]  # type: ignore[assignment, index]
+    value, originals = evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
     # The original comes back where there is one, so that weights tied to it keep their values.
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)
     delattr(module, tensor)

@@ -33,13 +33,13 @@ class Hold:
         that is wanted is not the one that was made; then one made anew with the vectors of the hold."""
         if torch.compiler.is_compiling():
             return self._make(weight, scale, dtype)
-        served, wanted = self._made.get(dtype), self._job._replace(weight=weight, scale=scale, dtype=dtype)
+        served = self._made.get(dtype)
         if (
             served is not None
             and served.weight is weight
             and (served.scale is scale or (not isinstance(scale, Tensor) and served.scale == scale))
             and served.versions == (_version(weight), _version(scale))
-            and (not torch.is_grad_enabled() or wanted.requires_grad() == served.value.requires_grad)
+            and (not torch.is_grad_enabled() or jobs.requires_grad(weight, scale) == served.value.requires_grad)
             and (not served.value.is_inference() or torch.is_inference_mode_enabled())
         ):
             return served.value

@@ -14,7 +14,7 @@ import fastsn
 PACKAGE = Path(fastsn.__file__).parent
 ROOT = PACKAGE.parent
 # Data flows one way: a module imports only from those further down (reference: only torch).
-ORDER = ["__init__", "model", "parametrize", "layers", "norm", "serving", "jobs", "ops", "backends", "checks"]
+ORDER = ["__init__", "model", "sites", "parametrize", "layers", "norm", "serving", "jobs", "ops", "backends", "checks"]
 ORDER += ["views", "variants", "reference"]
 LEAVES = {"views", "variants", "reference"}
 
