@@ -1,0 +1,112 @@
+"""Device memory that launches share: tables of addresses, counters, and results in one block.
+
+While a CUDA graph is captured nothing may be allocated outside of its pool, copied from pageable memory or waited for,
+and what a graph has seen must stay where it is for as long as the graph lives.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 256  # bytes, of results within their block
+_ARENA = 1 << 16  # int64 numbers of pinned memory for tables that are sent during captures
+_COUNTERS = 4096
+_TABLES = 64  # tables that a plan keeps; a network whose gradients come back to the same places needs one
+
+_kept: list[Any] = []  # what graphs have seen
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_arena: list[Tensor] = []
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def send(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers on the device, without waiting for it."""
+    host = torch.tensor(numbers, dtype=dtype)
+    if device.type == "cpu":
+        return host
+    if device.type != "cuda":
+        return host.to(device)
+    if not capturing(device):
+        if not _arena:
+            _arena.append(torch.empty(_ARENA, dtype=torch.int64, pin_memory=True))
+        return host.pin_memory().to(device, non_blocking=True)
+    if not _arena or _arena[0].numel() < host.numel():
+        raise RuntimeError("run the step once before it is captured into a CUDA graph: its tables are not there yet")
+    # The graph copies it at every replay: this part of the pinned memory is never given to anybody else.
+    staging, _arena[0] = _arena[0][: host.numel()], _arena[0][host.numel() :]
+    return torch.empty(host.shape, dtype=dtype, device=device).copy_(staging.copy_(host), non_blocking=True)
+
+
+class Tables:
+    """Tables by the addresses in them: the newest are kept, and for good those that a graph has seen."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(self, addresses: tuple[int, ...], rows: Any, device: torch.device) -> Tensor:
+        """The table for these addresses; ``rows()`` gives its numbers where there is none."""
+        captured = capturing(device)
+        table = self._known.get(addresses)
+        if table is None:
+            table = send(rows(), device)
+            if captured:  # lies in the graph's own memory, and is filled only when that runs
+                return table
+            self._known[addresses] = table
+            while len(self._known) > _TABLES:
+                self._known.popitem(last=False)
+        elif captured:
+            _kept.append(table)
+        return table
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """At least ``count`` zeros, which every launch leaves as zeros: one set per stream, on which launches follow one
+    another."""
+    if capturing(device):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _counters.get((device, stream))
+    if found is None or found.numel() < count:
+        found = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device)
+        _counters[device, stream] = found
+    return found
+
+
+def keep(thing: Any, device: torch.device) -> None:
+    """Hold on to what a graph that is being captured will read."""
+    if capturing(device):
+        _kept.append(thing)
+
+
+class Block:
+    """Results in one block of memory, so that kernels need one address, and 64 tensors one allocation."""
+
+    def __init__(self, shapes: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
+        self._shapes = shapes
+        self.offsets: list[int] = []  # in elements of each one's type
+        self._bytes = 0
+        for shape, _, dtype in shapes:
+            numel = 1
+            for size in shape:
+                numel *= size
+            self.offsets.append(self._bytes // dtype.itemsize)
+            self._bytes += -(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+    def allocate(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """The block, and a tensor of its own for each result: not views, whose versions would be counted together."""
+        block = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+        storage = block.untyped_storage()
+        results = [
+            torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)  # type: ignore[call-overload]
+            for (shape, strides, dtype), offset in zip(self._shapes, self.offsets, strict=True)
+        ]
+        return block, results

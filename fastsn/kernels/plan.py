@@ -1,0 +1,108 @@
+"""What the plans of all launches are made of.
+
+A plan is made once per list of shapes and holds what does not depend on where tensors are: tiles, work lists, offsets.
+The table of addresses is looked up at every call, so that a tensor that has moved is found again, and nothing is sent to
+the device once all are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastsn.kernels import launch, memory
+from fastsn.kernels.arrangement import Arrangement, arranged
+
+TYPES = {torch.float16: tl.float16, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # the numbers of the ops
+
+SETTINGS = launch.DEFAULT
+
+
+class Weight(NamedTuple):
+    """What a plan knows of a tensor."""
+
+    arrangement: Arrangement
+    dtype: torch.dtype
+    aligned: bool
+
+    def vector_width(self) -> int:
+        """Elements of a wide load of its rows."""
+        return launch.vector_width(self.arrangement, self.dtype.itemsize, self.aligned)
+
+    def flat_width(self) -> int:
+        """The same for one that is read from end to end."""
+        width = 16 // self.dtype.itemsize
+        return width if self.aligned and self.arrangement.numel % width == 0 and not self.strided() else 1
+
+    def strided(self) -> bool:
+        """Whether there is anything between its rows."""
+        return self.arrangement.stride != self.arrangement.n
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device."""
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def described(tensor: Tensor, dim: int, dense: bool = False) -> tuple[Tensor, Weight]:
+    """The tensor, or a copy whose rows can be read, and how. ``dense``: results of its kind can be written, too."""
+    place, found = arranged(tensor, dim, dense)
+    return place, Weight(found, tensor.dtype, place.data_ptr() % 16 == 0)
+
+
+class Kinds:
+    """The different ways of a launch's programs, numbered."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[Any, ...], int] = {}
+
+    def number(self, kind: tuple[Any, ...]) -> int:
+        """Of a kind."""
+        return self.found.setdefault(kind, len(self.found))
+
+
+@dataclass
+class Launch:
+    """A grid and its work list."""
+
+    work: list[int] = field(default_factory=list)
+    programs: int = 0
+
+    def add(self, *item: int) -> None:
+        """A program."""
+        self.work.extend(item)
+        self.programs += 1
+
+    def sent(self, device: torch.device) -> Tensor:
+        """The work list on the device."""
+        return memory.send(self.work, device, torch.int32)
+
+
+def by_size(weights: Sequence[Weight]) -> list[int]:
+    """Large weights first, so that what their last programs do is hidden behind the rest."""
+    return sorted(range(len(weights)), key=lambda i: -weights[i].arrangement.numel)
+
+
+def vector_places(a: Arrangement, views: int) -> tuple[tuple[int, int, int, int], int]:
+    """Where p, x, q and z of a weight lie among its own flat vectors (u and v of `out`, u and v of `in`), -1 where there
+    is no such view; and how many entries they have."""
+    sizes = {1: (a.b, a.rows * a.k), 2: (a.n, a.rows)} if a.turned else {1: (a.rows, a.n), 2: (a.rows * a.k, a.b)}
+    found: dict[int, tuple[int, int]] = {}
+    end = 0
+    for bit in (bit for bit in (1, 2) if views & bit):
+        u, v = sizes[bit]
+        found[bit] = (end, end + u)
+        end += u + v
+    row, cls = (found.get(bit, (-1, -1)) for bit in ((2, 1) if a.turned else (1, 2)))
+    if a.turned:  # u and v change places
+        row, cls = row[::-1], cls[::-1]
+    return (*row, *cls), end

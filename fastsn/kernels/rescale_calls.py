@@ -1,0 +1,276 @@
+"""``rescale`` and ``rescale_backward`` for tensors of a GPU."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsn.kernels import launch, memory
+from fastsn.kernels import rescale as kernels
+from fastsn.kernels.arrangement import arrangement, dense_strides
+from fastsn.kernels.plan import DTYPES, SETTINGS, TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
+
+_SETTLED = 1024  # chunks whose sums are added at a time
+_SCALED = 128  # weights whose derivatives by a scale are added at a time
+
+
+class Numbers(NamedTuple):
+    """What a call says of its weights beside the tensors."""
+
+    views: tuple[int, ...]
+    which: tuple[int, ...]
+    factors: tuple[float, ...]
+    dtypes: tuple[int, ...]
+
+
+def rescale(
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    sigma: Tensor,
+    dims: Sequence[int],
+    views: Sequence[int],
+    which: Sequence[int],
+    factors: Sequence[float],
+    dtypes: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:
+    """([W̄], mean sigma) as the op gives them."""
+    placed = [described(w, dim, dense=True) for w, dim in zip(weights, dims, strict=True)]
+    outputs = _results(placed, weights, dims, dtypes)
+    numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
+    plan = _forward_plan(tuple(w for _, w in placed), numbers, outputs, weights[0].device, SETTINGS)
+    results, mean = plan.run([w for w, _ in placed], scales, sigma)
+    return _as_given(results, placed, weights, dims), mean
+
+
+def rescale_backward(
+    gradients: Sequence[Tensor],
+    grad_sigma: Tensor | None,
+    bases: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    sigma: Tensor,
+    vectors: Tensor,
+    dims: Sequence[int],
+    views: Sequence[int],
+    which: Sequence[int],
+    factors: Sequence[float],
+    dtypes: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """([dW], [dscale]) as the op gives them."""
+    placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
+    beside = [_beside(*each) for each in zip(gradients, bases, placed, dims, strict=True)]
+    outputs = _results(placed, bases, dims, dtypes)
+    numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
+    described_all = tuple(w for _, w in placed), tuple(g for _, g in beside)
+    plan = _backward_plan(*described_all, numbers, outputs, len(scales), bases[0].device, SETTINGS)
+    results, d_scales = plan.run([w for w, _ in placed], [g for g, _ in beside], grad_sigma, scales, sigma, vectors)
+    shaped = [d.to(scale.dtype).view(scale.shape) for d, scale in zip(d_scales.unbind(), scales, strict=True)]
+    return _as_given(results, placed, bases, dims), shaped
+
+
+Placed = Sequence[tuple[Tensor, Weight]]
+Result = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def _results(placed: Placed, given: Sequence[Tensor], dims: Sequence[int], dtypes: Sequence[int]) -> tuple[Result, ...]:
+    """(shape, strides, dtype) of what kernels write: the rows of each weight in memory order, without gaps."""
+    found = []
+    for (tensor, _), original, dim, code in zip(placed, given, dims, dtypes, strict=True):
+        strides = dense_strides(tensor.shape, tensor.stride(), dim if tensor is original else 0)
+        assert strides is not None
+        found.append((tuple(tensor.shape), strides, DTYPES[code]))
+    return tuple(found)
+
+
+def _as_given(results: list[Tensor], placed: Placed, given: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Results of weights that had to be copied go back to the order of their dimensions."""
+    return [
+        x if tensor is w else torch.empty_like(w, dtype=x.dtype).copy_(x.movedim(0, dim))
+        for x, (tensor, _), w, dim in zip(results, placed, given, dims, strict=True)
+    ]
+
+
+def _beside(g: Tensor, base: Tensor, placed: tuple[Tensor, Weight], dim: int) -> tuple[Tensor, Weight]:
+    """The gradient, or a copy of it, whose rows lie in the order of the base's."""
+    tensor, weight = placed
+    if tensor is not base:
+        return described(g.movedim(dim, 0).contiguous(), 0)
+    found = arrangement(g.shape, g.stride(), dim)
+    if found is None or found.order() != weight.arrangement.order():
+        g = torch.empty_like(base, dtype=g.dtype).copy_(g)
+    return described(g, dim)
+
+
+def _bits(x: float) -> int:
+    """Of a float32."""
+    return int(struct.unpack("<i", struct.pack("<f", x))[0])
+
+
+class _Plan:
+    """What the tables of both directions have in common."""
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        numbers: Numbers,
+        outputs: Sequence[Result],
+        device: torch.device,
+        settings: launch.Settings,
+    ) -> None:
+        self.weights, self.numbers, self.device, self.settings = weights, numbers, device, settings
+        self.tables = memory.Tables()
+        self.block = memory.Block(outputs)
+
+    def row(self, i: int, tensor: Tensor, sigma: int, scales: Sequence[Tensor]) -> list[int]:
+        """The columns up to the scale's number."""
+        a, which, views = self.weights[i].arrangement, self.numbers.which[i], self.numbers.views[i].bit_count()
+        scale = scales[which].data_ptr() if which >= 0 else 0
+        numbers = [tensor.data_ptr(), a.stride, a.rows, a.b, a.k, self.block.offsets[i], sigma, views]
+        return [*numbers, _bits(self.numbers.factors[i]), scale, which]
+
+    def chunks(self, i: int) -> int:
+        """Programs of the elementwise kernels."""
+        return -(-self.weights[i].arrangement.numel // self.settings.chunk)
+
+
+class _Forward(_Plan):
+    """One launch."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        work, kinds = Launch(), Kinds()
+        for i in by_size(self.weights):
+            w = self.weights[i]
+            kind = kinds.number((w.strided(), w.flat_width(), TYPES[w.dtype], TYPES[DTYPES[self.numbers.dtypes[i]]]))
+            for chunk in range(self.chunks(i)):
+                work.add(i, chunk, kind)
+        self.work, self.programs, self.kinds = work.sent(self.device), work.programs, tuple(kinds.found)
+
+    def rows(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[int]:
+        """The table."""
+        numbers: list[int] = []
+        sigma = 0
+        unused = [0] * (kernels.COLUMNS.value - kernels.FLAT.value)
+        for i, tensor in enumerate(weights):
+            numbers += [*self.row(i, tensor, sigma, scales), *unused]
+            sigma += self.numbers.views[i].bit_count()
+        return numbers
+
+    def run(self, weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Launch."""
+        device, settings = self.device, self.settings
+        memory.keep(self, device)
+        scales = [scale.float() for scale in scales]
+        addresses = tuple([x.data_ptr() for x in (*weights, *scales)])
+        table = self.tables.get(addresses, lambda: self.rows(weights, scales), device)
+        mean = torch.empty(len(weights), dtype=torch.float32, device=device)
+        block, results = self.block.allocate(device)
+        with on(device):
+            kernels.rescale[(self.programs,)](
+                table, self.work, sigma.contiguous(), mean, block,
+                KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, num_warps=settings.warps,
+            )  # fmt: skip
+        return results, mean
+
+
+class _Backward(_Plan):
+    """Two launches."""
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        gradients: Sequence[Weight],
+        numbers: Numbers,
+        outputs: Sequence[Result],
+        scales: int,
+        device: torch.device,
+        settings: launch.Settings,
+    ) -> None:
+        super().__init__(weights, numbers, outputs, device, settings)
+        self.gradients, self.scales = gradients, scales
+        self.first_chunks: list[int] = []
+        self.total_chunks = 0
+        for i in range(len(weights)):
+            self.first_chunks.append(self.total_chunks)
+            self.total_chunks += self.chunks(i)
+        products, product_kinds, blocks, block_kinds = Launch(), Kinds(), Launch(), Kinds()
+        order = by_size(weights)
+        for i in order:
+            w, g = weights[i], gradients[i]
+            kind = (w.strided() or g.strided(), min(w.flat_width(), g.flat_width()), TYPES[w.dtype], TYPES[g.dtype])
+            number = product_kinds.number(kind)
+            for chunk in range(self.chunks(i)):
+                products.add(i, chunk, number)
+        for i in reversed(order):  # backwards: what was read last is still in the cache
+            g, t = gradients[i], launch.tiles(weights[i].arrangement, settings)
+            a, (p, q) = g.arrangement, self._views(i)
+            wide = min(
+                g.vector_width(), launch.vector_width(a._replace(stride=a.n), DTYPES[numbers.dtypes[i]].itemsize, True)
+            )
+            shape = (t.bo, t.bi, t.kp, a.k == t.kp, a.kb)
+            number = block_kinds.number((p, q, *shape, wide, TYPES[g.dtype], TYPES[DTYPES[numbers.dtypes[i]]]))
+            for row in reversed(range(t.blocks)):
+                blocks.add(i, row, number)
+        self.launches = [
+            (launched.sent(device), launched.programs, tuple(kinds.found))
+            for launched, kinds in ((products, product_kinds), (blocks, block_kinds))
+        ]
+
+    def _views(self, i: int) -> tuple[bool, bool]:
+        """Whether the row matrix and the class matrix are in use."""
+        out, into = bool(self.numbers.views[i] & 1), bool(self.numbers.views[i] & 2)
+        return (into, out) if self.weights[i].arrangement.turned else (out, into)
+
+    def rows(self, bases: Sequence[Tensor], gradients: Sequence[Tensor], scales: Sequence[Tensor]) -> list[int]:
+        """The table."""
+        numbers: list[int] = []
+        flat = 0
+        for i, (base, g) in enumerate(zip(bases, gradients, strict=True)):
+            places, size = vector_places(self.weights[i].arrangement, self.numbers.views[i])
+            own = [flat + place if place >= 0 else -1 for place in places]
+            flat += size
+            numbers += [*self.row(i, base, i, scales), *own, g.data_ptr(), self.gradients[i].arrangement.stride]
+            numbers += [self.chunks(i), self.first_chunks[i]]
+        return numbers
+
+    def run(
+        self,
+        bases: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        grad_sigma: Tensor | None,
+        scales: Sequence[Tensor],
+        sigma: Tensor,
+        vectors: Tensor,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Launch."""
+        device, settings = self.device, self.settings
+        memory.keep(self, device)
+        scales = [scale.float() for scale in scales]
+        addresses = tuple([x.data_ptr() for x in (*bases, *gradients, *scales)])
+        table = self.tables.get(addresses, lambda: self.rows(bases, gradients, scales), device)
+        (products, many_products, product_kinds), (blocks, many_blocks, block_kinds) = self.launches
+        numbers = torch.empty(self.total_chunks + 3 * len(bases), dtype=torch.float32, device=device)
+        dots, coefficients = numbers[: self.total_chunks], numbers[self.total_chunks :]
+        d_scales = torch.empty(self.scales, dtype=torch.float32, device=device)
+        block, results = self.block.allocate(device)
+        sigma, vectors = sigma.contiguous(), vectors.contiguous()
+        given = sigma if grad_sigma is None else grad_sigma.contiguous()
+        with on(device):
+            kernels.inner_products[(many_products,)](
+                table, products, sigma, given, int(grad_sigma is not None), dots, coefficients,
+                memory.counters(len(bases), device),
+                KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, num_warps=settings.warps,
+            )  # fmt: skip
+            kernels.gradient[(many_blocks,)](
+                table, blocks, coefficients, vectors, block, d_scales, len(bases), self.scales,
+                KINDS=block_kinds, BL=_SCALED, num_warps=settings.warps,
+            )  # fmt: skip
+        return results, d_scales
+
+
+_forward_plan = lru_cache(maxsize=256)(_Forward)
+_backward_plan = lru_cache(maxsize=256)(_Backward)
