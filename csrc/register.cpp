@@ -1,6 +1,6 @@
 // Registration only: the kernels for CPU tensors, and rescale's rule of differentiation in C++, because one that is
-// written in Python costs ten times as long as the kernels of a small layer. Schemas, fakes and the rules for other
-// devices and for the second order are in fastsn/ops.py.
+// written in Python costs ten times as long as the kernels of a small layer; it serves the Triton kernels too. Schemas,
+// fakes and the rules for other devices and for the second order are in fastsn/ops.py.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/zeros_like.h>
@@ -195,3 +195,4 @@ TORCH_LIBRARY_IMPL(fastsn, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastsn, AutogradCPU, m) { m.impl("rescale", &fastsn::rescale_autograd); }
+TORCH_LIBRARY_IMPL(fastsn, AutogradCUDA, m) { m.impl("rescale", &fastsn::rescale_autograd); }

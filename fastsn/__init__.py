@@ -1,6 +1,7 @@
 """fastsn: spectral normalisation (SN, SSN, BSN, BSSN) for PyTorch."""
 
 from fastsn.backends import Backend, backends
+from fastsn.gpu import register as _register
 from fastsn.layers import (
     BSNConv1d,
     BSNConv2d,
@@ -41,6 +42,8 @@ from fastsn.parametrize import spectral_norm
 from fastsn.variants import VARIANTS
 
 __version__ = "0.1.0"
+
+_register()
 
 __all__ = [
     "BSNConv1d",

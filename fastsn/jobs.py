@@ -139,7 +139,7 @@ def _iterate_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Vectors
     return new
 
 
-_RUN = {"reference": _run_reference, "cpp": _run_kernels}
+_RUN = {"reference": _run_reference, "cpp": _run_kernels, "triton": _run_kernels}
 
 
 def autocast_is_on(device: str) -> bool:

@@ -19,7 +19,8 @@ weights. ``u`` and ``v`` have one entry per weight and view. All weights of a ca
 one dtype.
 
 The schemas live here, so that the package imports without having been built. C++ (csrc/register.cpp) adds the kernels
-for CPU tensors, and for them a rule of differentiation that costs a tenth of one in Python; it follows the one here.
+for CPU tensors, and a rule of differentiation that costs a tenth of one in Python; it follows the one here. gpu.py adds
+the Triton kernels for tensors of a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ VIEW_BITS = {"out": 1, "in": 2}
 DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
-_LIBRARY = torch.library.Library("fastsn", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("fastsn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _NUMBERS = "int[] dims, int[] views, int[] which, float[] factors, int[] dtypes"
 for _schema in (
     "power_iteration(Tensor[] weights, Tensor[] u, Tensor[] v, int[] dims, int[] views, int n) -> (Tensor, Tensor)",
@@ -47,7 +48,7 @@ for _schema in (
     "rescale_backward(Tensor[] gradients, Tensor? grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
     f"Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor[])",
 ):
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 power_iteration = torch.ops.fastsn.power_iteration.default
 power_iteration_ = torch.ops.fastsn.power_iteration_.default
@@ -58,8 +59,8 @@ rescale_backward = torch.ops.fastsn.rescale_backward.default
 # What the ops give, without computing it.
 
 
-@torch.library.register_fake("fastsn::power_iteration", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-@torch.library.register_fake("fastsn::power_iteration_", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastsn::power_iteration", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastsn::power_iteration_", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_power_iteration(
     weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -68,13 +69,13 @@ def _fake_power_iteration(
     return weights[0].new_empty(len(u), dtype=dtype), weights[0].new_empty(entries, dtype=dtype)
 
 
-@torch.library.register_fake("fastsn::rescale", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastsn::rescale", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_rescale(weights: Sequence[Tensor], _: Any, sigma: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor]:
     outputs = [torch.empty_like(w, dtype=_DTYPES[code]) for w, code in zip(weights, rest[-1], strict=True)]
     return outputs, sigma.new_empty(len(weights))
 
 
-@torch.library.register_fake("fastsn::rescale_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastsn::rescale_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     bases, scales, dtypes = arguments[2], arguments[3], arguments[-1]
     d_weights = [torch.empty_like(w, dtype=_DTYPES[code]) for w, code in zip(bases, dtypes, strict=True)]
@@ -84,7 +85,24 @@ def _fake_rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]
 # The reference, for devices without kernels.
 
 
-def _power_iteration(
+def check_iteration(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    dims: Sequence[int],
+    view_bits: Sequence[int],
+    n: int,
+) -> list[tuple[int, str]]:
+    """(position of the weight, view) of every pair of vectors; raises if an argument is not as it must be."""
+    checks.weights(weights, dims, view_bits)
+    pairs = [(i, view) for i, bits in enumerate(view_bits) for view, bit in VIEW_BITS.items() if bits & bit]
+    checks.vectors(weights, dims, pairs, u, v)
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    return pairs
+
+
+def reference_power_iteration(
     weights: Sequence[Tensor],
     u: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -92,11 +110,8 @@ def _power_iteration(
     view_bits: Sequence[int],
     n: int,
 ) -> tuple[Tensor, Tensor]:
-    checks.weights(weights, dims, view_bits)
-    pairs = [(i, view) for i, bits in enumerate(view_bits) for view, bit in VIEW_BITS.items() if bits & bit]
-    checks.vectors(weights, dims, pairs, u, v)
-    if n < 0:
-        raise ValueError(f"n must be at least 0, got {n}")
+    """``power_iteration`` of any device."""
+    pairs = check_iteration(weights, u, v, dims, view_bits, n)
     oiks = [views.as_oik(w, dim) for w, dim in zip(weights, dims, strict=True)]
     state: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in weights]
     for (i, view), left, right in zip(pairs, u, v, strict=True):
@@ -106,15 +121,16 @@ def _power_iteration(
     return torch.stack(sigmas), torch.cat([x for found in vectors for pair in found.values() for x in pair])
 
 
-def _power_iteration_(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> Any:
-    sigmas, vectors = _power_iteration(weights, u, v, *rest)
+def reference_power_iteration_(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> Any:
+    """``power_iteration_`` of any device."""
+    sigmas, vectors = reference_power_iteration(weights, u, v, *rest)
     buffers = [x for pair in zip(u, v, strict=True) for x in pair]
     for buffer, vector in zip(buffers, torch.split(vectors, [x.numel() for x in buffers]), strict=True):
         buffer.copy_(vector)
     return sigmas, vectors
 
 
-def _rescale(
+def reference_rescale(
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
     sigma: Tensor,
@@ -125,9 +141,8 @@ def _rescale(
     factors: Sequence[float],
     dtypes: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:
-    checks.weights(weights, dims, view_bits)
-    checks.numbers(len(weights), scales, which, factors, dtypes, list(_DTYPES))
-    _check_state(weights, sigma, vectors, dims, view_bits, sum(bits.bit_count() for bits in view_bits))
+    """``rescale`` of any device."""
+    check_rescale(weights, scales, sigma, vectors, dims, view_bits, which, factors, dtypes)
     groups = torch.split(sigma, [bits.bit_count() for bits in view_bits])
     means = torch.stack([group.mean() for group in groups])
     tensors = [_scale(i, scales, which, factors, sigma.dtype) for i in range(len(weights))]
@@ -135,6 +150,14 @@ def _rescale(
         weights, [{"mean": mean} for mean in means], tensors, [_DTYPES[code] for code in dtypes]
     )
     return [_own(w, x) for w, x in zip(weights, outputs, strict=True)], means
+
+
+def check_rescale(*arguments: Any) -> None:
+    """Raises if an argument of ``rescale`` is not as it must be."""
+    weights, scales, sigma, vectors, dims, view_bits, which, factors, dtypes = arguments
+    checks.weights(weights, dims, view_bits)
+    checks.numbers(len(weights), scales, which, factors, dtypes, list(_DTYPES))
+    _check_state(weights, sigma, vectors, dims, view_bits, sum(bits.bit_count() for bits in view_bits))
 
 
 def _check_state(
@@ -211,7 +234,8 @@ def _outer_products(
     return products
 
 
-def _check_backward(*arguments: Any) -> None:
+def check_backward(*arguments: Any) -> None:
+    """Raises if an argument of ``rescale_backward`` is not as it must be."""
     gradients, grad_sigma, bases, scales, sigma, vectors, dims, view_bits, which, factors, dtypes = arguments
     checks.weights(bases, dims, view_bits)
     checks.gradients(gradients, bases)
@@ -221,25 +245,26 @@ def _check_backward(*arguments: Any) -> None:
         checks.flat(grad_sigma, len(bases), sigma.dtype, "grad_sigma")
 
 
-def _rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
-    _check_backward(*arguments)
+def reference_rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """``rescale_backward`` of any device."""
+    check_backward(*arguments)
     d_weights, d_scales = _differentiable_backward(*arguments)
     return [_own(base, dw) for base, dw in zip(arguments[2], d_weights, strict=True)], d_scales
 
 
 for _name, _kernel in (
-    ("power_iteration", _power_iteration),
-    ("power_iteration_", _power_iteration_),
-    ("rescale", _rescale),
-    ("rescale_backward", _rescale_backward),
+    ("power_iteration", reference_power_iteration),
+    ("power_iteration_", reference_power_iteration_),
+    ("rescale", reference_rescale),
+    ("rescale_backward", reference_rescale_backward),
 ):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 # The rules of differentiation, for devices whose kernels do not bring their own. What an iteration gives is constant.
 
 for _name in ("power_iteration", "power_iteration_"):
-    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
@@ -281,21 +306,21 @@ def _vector_size(weight: Tensor, dim: int, bits: int) -> int:
     return (o + n // o) * (bits & 1) + (n // i + i) * (bits >> 1)
 
 
-torch.library.register_autograd("fastsn::rescale", _backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("fastsn::rescale", _backward, setup_context=_save, lib=LIBRARY)
 
 
 def _rescale_backward_autograd(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     if torch.is_grad_enabled():
-        _check_backward(*arguments)
+        check_backward(*arguments)
         return _differentiable_backward(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return rescale_backward(*arguments)  # type: ignore[no-any-return]
 
 
-_LIBRARY.impl("rescale_backward", _rescale_backward_autograd, "Autograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("rescale_backward", _rescale_backward_autograd, "Autograd")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_vmap("fastsn::rescale", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_vmap("fastsn::rescale", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _rescale_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     """Sample by sample: a batch of networks is a longer list."""
 

@@ -14,8 +14,11 @@ import fastsn
 PACKAGE = Path(fastsn.__file__).parent
 ROOT = PACKAGE.parent
 # Data flows one way: a module imports only from those further down (reference: only torch).
-ORDER = ["__init__", "model", "sites", "parametrize", "layers", "norm", "serving", "jobs", "ops", "backends", "checks"]
-ORDER += ["views", "variants", "reference"]
+ORDER = ["__init__", "model", "sites", "parametrize", "layers", "norm", "serving", "jobs", "gpu", "ops", "backends"]
+ORDER += ["checks", "views", "variants", "reference"]
+# Imported when the first tensor of a GPU comes.
+KERNELS = ["launch", "rescale_calls", "iteration_calls", "plan", "memory", "settings", "rescale", "power_iteration"]
+KERNELS += ["arrangement", "__init__"]
 LEAVES = {"views", "variants", "reference"}
 
 
@@ -33,6 +36,16 @@ def test_imports_go_one_way(path):
     assert path.stem in ORDER
     allowed = set() if path.stem in LEAVES else set(ORDER[ORDER.index(path.stem) + 1 :])
     assert imported(path) <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_of_the_kernels_go_one_way(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastsn"):
+            assert node.module.startswith("fastsn.kernels")
+            names |= set(node.module.split(".")[2:3]) or {alias.name for alias in node.names}
+    assert names <= set(KERNELS[KERNELS.index(path.stem) + 1 :])
 
 
 def test_train_uses_only_the_public_api():

@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Arrangement(NamedTuple):
-    """``rows`` rows of b·k elements, ``stride`` elements apart. Element (b, k) of a row lies at b·K + k, or, with ``kb``
-    (channels_last), at k·B + b. Not ``turned``: rows are output channels and b input channels; turned (ConvTranspose):
-    the other way round, so that u and v change places."""
+    """``rows`` rows of b·k elements, ``stride`` elements apart. Element (b, k) of a row lies at b·K + k, or, with
+    ``kb`` (channels_last), at k·B + b. Not ``turned``: rows are output channels and b input channels; turned
+    (ConvTranspose): the other way round, so that u and v change places."""
 
     rows: int
     b: int

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from fastsn.kernels import launch, memory
+from fastsn.kernels import memory
 from fastsn.kernels import power_iteration as kernels
-from fastsn.kernels.plan import SETTINGS, TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
+from fastsn.kernels.plan import TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
+from fastsn.kernels.settings import Settings, current
+
+_FUSED, _ACCUMULATE = kernels.FUSED.value, kernels.ACCUMULATE.value
+_LOCAL, _MEASURE = kernels.LOCAL.value, kernels.MEASURE.value
 
 
 def power_iteration(
+    store: bool,
     weights: Sequence[Tensor],
     u: Sequence[Tensor],
     v: Sequence[Tensor],
     dims: Sequence[int],
     views: Sequence[int],
     n: int,
-    store: bool,
 ) -> tuple[Tensor, Tensor]:
     """(sigma, vectors) as the op gives them; with ``store``, u and v are written in place."""
     placed = [described(w, dim) for w, dim in zip(weights, dims, strict=True)]
-    plan = _plan(tuple(weight for _, weight in placed), tuple(views), weights[0].device, n == 0, SETTINGS)
+    plan = _plan(
+        tuple(weight for _, weight in placed),
+        tuple(views),
+        weights[0].device,
+        n == 0,
+        current(weights[0].device),
+    )
     own_u, own_v = [x.contiguous() for x in u], [x.contiguous() for x in v]
     results = plan.run([w for w, _ in placed], own_u, own_v, n, store)
     if store and n:
@@ -46,24 +56,28 @@ class Plan:
         views: Sequence[int],
         device: torch.device,
         measure: bool,
-        settings: launch.Settings,
+        settings: Settings,
     ) -> None:
         self.device, self.weights, self.views, self.settings = device, weights, views, settings
         self.tables = memory.Tables()
-        self.tiles = [launch.tiles(w.arrangement, settings) for w in weights]
+        self.tiles = [settings.tiles(w.arrangement) for w in weights]
         self.vectors = self.scratch = self.sigmas = 0
         self.places = [self._place(i) for i in range(len(weights))]
-        modes = (kernels.FUSED.value, kernels.ACCUMULATE.value, kernels.LOCAL.value, kernels.MEASURE.value)
-        fused, accumulate, local, measured = modes
         turned = [w.arrangement.turned for w in weights]
-        if measure:
-            passes = [[measured] * len(weights)]
-        else:
-            passes = [[accumulate if t else fused for t in turned]]
-            passes += [[local if t else None for t in turned]] if any(turned) else []
-        self.launches: list[tuple[Any, Tensor, int, tuple[Any, ...] | None]] = []
-        for modes_of_pass in passes:
-            self._plan(modes_of_pass)
+        self._kinds = Kinds()
+        # Turned weights take two launches, one for each half of the iteration.
+        passes: list[list[int | None]] = [[_MEASURE] * len(weights)]
+        if not measure:
+            passes = [[_ACCUMULATE if t else _FUSED for t in turned]]
+            passes += [[_LOCAL if t else None for t in turned]] if any(turned) else []
+        self.phases = [phase for modes in passes for phase in self._phases(modes)]
+        self.kinds = tuple(self._kinds.found)
+        self.sent = [phase.sent(device) for phase in self.phases]
+        if settings.together:
+            together = Launch([x for phase in self.phases for x in phase.work])
+            self.together = together.sent(device)
+            ends = accumulate(phase.programs for phase in self.phases)
+            self.ends = memory.send(list(ends), device, torch.int32)
 
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
@@ -79,27 +93,23 @@ class Plan:
         self.scratch += -(-(a.rows * (1 + a.k) + blocks * (2 + a.n + a.b)) // 4) * 4
         return [*vectors, row if in_row else -1, cls if in_class else -1, scratch]
 
-    def _plan(self, modes: Sequence[int | None]) -> None:
-        main, apart, kinds = Launch(), Launch(), Kinds()
+    def _phases(self, modes: Sequence[int | None]) -> list[Launch]:
+        """The blocks of rows, and what adds them up where they are many."""
+        blocks, columns, settings = Launch(), Launch(), self.settings
         for i in by_size(self.weights):
-            mode, w, t = modes[i], self.weights[i], self.tiles[i]
+            mode, w, t, place = modes[i], self.weights[i], self.tiles[i], self.places[i]
             if mode is None:
                 continue
-            a, place = w.arrangement, self.places[i]
-            exact = a.k == t.kp
-            kind = (mode, place[4] >= 0, place[5] >= 0, t.bo, t.bi, t.kp, exact, a.kb, w.vector_width(), TYPES[w.dtype])
-            accumulates = mode in (kernels.FUSED.value, kernels.ACCUMULATE.value)
-            later = accumulates and launch.finished_apart(a, t.blocks, self.settings)
-            number = kinds.number(kind)
+            a = w.arrangement
+            shape = (t.bo, t.bi, t.kp, a.k == t.kp, a.kb, w.vector_width(), TYPES[w.dtype])
+            kind = self._kinds.number((mode, place[4] >= 0, place[5] >= 0, *shape))
+            later = mode in (_FUSED, _ACCUMULATE) and settings.finished_apart(a, t.blocks)
             for block in range(t.blocks):
-                main.add(i, block, number, mode, int(later))
-            if later:
-                tiles = -(-a.n // self.settings.columns)
-                for tile in range(tiles):
-                    apart.add(i, tile, tiles, mode, 0)
-        self.launches.append((kernels.iterate, main.sent(self.device), main.programs, tuple(kinds.found)))
-        if apart.programs:
-            self.launches.append((kernels.reduce, apart.sent(self.device), apart.programs, None))
+                blocks.add(i, block, kind, mode, int(later))
+            tiles = -(-a.n // settings.columns) if later else 0
+            for tile in range(tiles):
+                columns.add(i, tile, -1, mode, tiles)
+        return [blocks, columns] if columns.programs else [blocks]
 
     def rows(self, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> list[int]:
         """The table."""
@@ -127,16 +137,33 @@ class Plan:
         sigma = torch.empty(self.sigmas, dtype=torch.float32, device=device)
         vectors = torch.empty(self.vectors, dtype=torch.float32, device=device)
         scratch = torch.empty(self.scratch, dtype=torch.float32, device=device)
-        counters = memory.counters(len(weights), device)
+        shared = (vectors, sigma, scratch, memory.counters(len(weights), device))
+        keep = int(store and n > 0)
         with on(device):
+            if self.settings.together:
+                self._launch_together(table, shared, max(n, 1), keep)
+                return sigma, vectors
             for round_ in range(max(n, 1)):
-                for kernel, work, programs, kinds in self.launches:
-                    # Within a round, too, what the launch before has made is read from the flat result: x of a turned
-                    # weight. p, which is only stored, is what it was.
-                    arguments = (table, work, vectors, sigma, scratch, counters, int(round_ == 0), int(store and n > 0))
-                    extra = {} if kinds is None else {"KINDS": kinds}
-                    kernel[(programs,)](*arguments, **extra, FINISH=self.settings.finish, num_warps=self.settings.warps)
+                for phase, work in zip(self.phases, self.sent, strict=True):
+                    arguments = (table, work, *shared, int(round_ == 0), keep)
+                    by_rows = phase.work[2] >= 0
+                    kernel = kernels.iterate if by_rows else kernels.reduce
+                    extra = {"KINDS": self.kinds} if by_rows else {}
+                    warps, finish = self.settings.warps, self.settings.finish
+                    kernel[(phase.programs,)](*arguments, **extra, FINISH=finish, num_warps=warps)
         return sigma, vectors
+
+    def _launch_together(self, table: Tensor, shared: tuple[Tensor, ...], rounds: int, keep: int) -> None:
+        """One program per multiprocessor at most, so that all of them run at once and can wait for each other."""
+        device, settings = self.device, self.settings
+        programs = max(phase.programs for phase in self.phases)
+        several = device.type == "cuda"
+        most = torch.cuda.get_device_properties(device).multi_processor_count if several else 1
+        kernels.iterate_together[(min(programs, most),)](
+            table, self.together, self.ends, *shared, memory.barrier(min(programs, most), device), rounds, keep,
+            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, num_warps=settings.warps,
+            launch_cooperative_grid=True,
+        )  # fmt: skip
 
 
 _plan = lru_cache(maxsize=256)(Plan)

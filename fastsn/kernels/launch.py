@@ -1,82 +1,107 @@
-"""How kernels are launched: tile shapes by the sizes of a weight.
+"""The list ops of fastsn/ops.py, same arguments, for tensors that kernels can read. Arguments are not checked here.
 
-Nothing here was measured on a GPU yet. What each number rests on stands beside it; ``tune`` measures on the user's.
+``tune`` measures how they are launched best.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from fastsn.kernels.arrangement import Arrangement
+import torch
+import triton.testing
+from torch import Tensor
 
+from fastsn.kernels import iteration_calls, rescale_calls, settings
+from fastsn.kernels.settings import Settings
 
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of tiles and of programs. Registers per thread were read from programs compiled for sm_90."""
-
-    # Elements of a tile of the iteration and of the gradient: 16 floats per thread and accumulator with 4 warps, which
-    # with two accumulators and the weight stays below the 128 registers that let 4 programs share a multiprocessor.
-    tile: int = 2048
-    # Rows of a block: each block writes sums of the length of a row (two for BSSN), so W/8 more traffic, nearly all in
-    # the L2 cache. Fewer rows make more programs, which a small network needs to fill a GPU.
-    rows: int = 8
-    # Rows of a block where there are more than enough: from this many blocks of one weight on, four times the rows.
-    many_blocks: int = 512
-    # The last program of a weight adds up its blocks' sums, tile by tile, unless it has more tiles than this to go
-    # through: then a second launch does. A tile waits for the L2 cache once, some 0.3 µs; a launch costs about 3.
-    last_tiles: int = 16
-    group: int = 8  # blocks added at a time
-    columns: int = 256  # of how many columns
-    vector: int = 1024  # elements of a vector that are normalised at a time
-    # Elements that a program of the elementwise kernels goes through, in steps of a tile.
-    chunk: int = 8192
-    step: int = 2048
-    warps: int = 4
-
-    @property
-    def finish(self) -> tuple[int, int, int]:
-        """The tile sizes of the part that adds up and normalises."""
-        return self.group, self.columns, self.vector
+# What is tried, one after the other, each from the best so far.
+CANDIDATES: dict[str, tuple[Any, ...]] = {
+    "rows": (4, 8, 16, 32),
+    "tile": (1024, 2048, 4096),
+    "warps": (2, 4, 8),
+    "last_tiles": (0, 16, 64, 1 << 30),
+    "group": (8, 16),
+    "columns": (128, 256),
+    "chunk": (4096, 8192, 16384),
+    "together": (False, True),
+}
 
 
-DEFAULT = Settings()
+def power_iteration(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """sigma and the vectors."""
+    return iteration_calls.power_iteration(False, *arguments)
 
 
-def power_of_two(n: int) -> int:
-    """The smallest that is not less."""
-    return 1 << max(n - 1, 0).bit_length()
+def power_iteration_(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same, written back."""
+    return iteration_calls.power_iteration(True, *arguments)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A tile of (BO rows, BI channels, KP >= K positions), of which ``blocks`` cover the rows of a weight."""
-
-    bo: int
-    bi: int
-    kp: int
-    blocks: int
+rescale_backward = rescale_calls.rescale_backward
 
 
-def tiles(a: Arrangement, settings: Settings = DEFAULT) -> Tiles:
-    """The tile for a weight: as many rows as the settings say, fewer where there are fewer, or where K is large."""
-    kp = power_of_two(a.k)
-    rows = settings.rows * (4 if a.rows > settings.many_blocks * settings.rows else 1)
-    bo = min(rows, power_of_two(a.rows), max(settings.tile // kp, 1))
-    bi = max(1, min(settings.tile // (bo * kp), power_of_two(a.b)))
-    return Tiles(bo, bi, kp, -(-a.rows // bo))
+def rescale(weights: Any, scales: Any, sigma: Tensor, _: Tensor, *numbers: Any) -> tuple[list[Tensor], Tensor]:
+    """W̄ and the mean sigma. The vectors are for the gradient alone."""
+    return rescale_calls.rescale(weights, scales, sigma, *numbers)
 
 
-def vector_width(a: Arrangement, element_size: int, aligned: bool) -> int:
-    """How many elements a load of 16 bytes takes where rows begin at multiples of 16 bytes, otherwise 1."""
-    width = 16 // element_size
-    if a.k == 1 or a.kb:
-        fits = a.b % width == 0
-    else:
-        fits = a.k == power_of_two(a.k) and a.k >= width
-    return width if aligned and fits and (a.rows == 1 or a.stride % width == 0) else 1
+def tune(weights: Sequence[Tensor] | None = None, measure: Callable[[Settings], float] | None = None) -> Settings:
+    """Measure launch settings on this GPU, keep the best in the user's cache folder, and put them in force.
+
+    Takes a minute or two, most of it compiling. Results stay the same up to rounding: sums are cut differently.
+
+    Args:
+        weights: the weights of a network, on the GPU; default: the CNN discriminator of CIFAR10, both views.
+        measure: milliseconds of a step with given settings; default: iteration, rescaling and gradient of ``weights``,
+            median of device time with the caches flushed.
+
+    Raises RuntimeError without a GPU that the kernels serve.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune measures on a GPU, and torch finds none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    measure = measure or _step_of(weights if weights is not None else _discriminator(device), device)
+    best = settings.DEFAULT
+    fastest = measure(best)
+    for name, values in CANDIDATES.items():
+        for value in values:
+            tried = replace(best, **{name: value})
+            if tried == best:
+                continue
+            found = measure(tried)
+            if found < fastest:
+                best, fastest = tried, found
+    settings.store(best, device)
+    return best
 
 
-def finished_apart(a: Arrangement, blocks: int, settings: Settings = DEFAULT) -> bool:
-    """Whether a second launch adds up the blocks' sums."""
-    tiles_to_go = -(-blocks // settings.group) * (-(-a.n // settings.columns) + -(-a.b // settings.columns))
-    return tiles_to_go > settings.last_tiles
+def _discriminator(device: torch.device) -> list[Tensor]:
+    shapes = ((3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3))
+    return [*(torch.randn(o, i, k, k, device=device) for i, o, k in shapes), torch.randn(1, 8192, device=device)]
+
+
+def _step_of(weights: Sequence[Tensor], device: torch.device) -> Callable[[Settings], float]:
+    views = [3 if w.ndim > 2 and w[0, 0].numel() > 1 else 1 for w in weights]
+    dims, which, factors, dtypes = [0] * len(weights), [-1] * len(weights), [1.0] * len(weights), [6] * len(weights)
+    u: list[Tensor] = []
+    v: list[Tensor] = []
+    for w, bits in zip(weights, views, strict=True):
+        o, i, k = w.shape[0], w.shape[1], w[0, 0].numel()
+        for sizes in ((o, i * k), (o * k, i))[: bits.bit_count()]:
+            for vectors, size in zip((u, v), sizes, strict=True):
+                vectors.append(torch.nn.functional.normalize(torch.randn(size, device=device), dim=0))
+    gradients = [torch.randn_like(w) for w in weights]
+
+    def step() -> None:
+        sigma, vectors = power_iteration_(weights, u, v, dims, views, 1)
+        outputs, mean = rescale(weights, [], sigma, vectors, dims, views, which, factors, dtypes)
+        rescale_backward(gradients, None, outputs, [], mean, vectors, dims, views, which, factors, dtypes)
+
+    def measure(tried: Settings) -> float:
+        settings._known[device] = tried
+        step()
+        return float(triton.testing.do_bench(step, warmup=10, rep=50, return_mode="median"))
+
+    return measure

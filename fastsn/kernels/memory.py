@@ -20,6 +20,7 @@ _TABLES = 64  # tables that a plan keeps; a network whose gradients come back to
 
 _kept: list[Any] = []  # what graphs have seen
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_barriers: dict[tuple[torch.device, int, int], Tensor] = {}
 _arena: list[Tensor] = []
 
 
@@ -81,6 +82,17 @@ def counters(count: int, device: torch.device) -> Tensor:
     return found
 
 
+def barrier(programs: int, device: torch.device) -> Tensor:
+    """The counter of a grid of that many programs, which only ever grows."""
+    if capturing(device):
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _barriers.get((device, stream, programs))
+    if found is None:
+        found = _barriers[device, stream, programs] = torch.zeros(1, dtype=torch.int64, device=device)
+    return found
+
+
 def keep(thing: Any, device: torch.device) -> None:
     """Hold on to what a graph that is being captured will read."""
     if capturing(device):
@@ -106,7 +118,7 @@ class Block:
         block = torch.empty(self._bytes, dtype=torch.uint8, device=device)
         storage = block.untyped_storage()
         results = [
-            torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)  # type: ignore[call-overload]
+            torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)
             for (shape, strides, dtype), offset in zip(self._shapes, self.offsets, strict=True)
         ]
         return block, results

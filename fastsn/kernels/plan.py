@@ -1,8 +1,8 @@
 """What the plans of all launches are made of.
 
 A plan is made once per list of shapes and holds what does not depend on where tensors are: tiles, work lists, offsets.
-The table of addresses is looked up at every call, so that a tensor that has moved is found again, and nothing is sent to
-the device once all are known.
+The table of addresses is looked up at every call, so that a tensor that has moved is found again, and nothing is sent
+to the device once all are known.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsn.kernels import launch, memory
+from fastsn.kernels import memory
 from fastsn.kernels.arrangement import Arrangement, arranged
+from fastsn.kernels.settings import vector_width
 
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # the numbers of the ops
-
-SETTINGS = launch.DEFAULT
 
 
 class Weight(NamedTuple):
@@ -34,7 +33,7 @@ class Weight(NamedTuple):
 
     def vector_width(self) -> int:
         """Elements of a wide load of its rows."""
-        return launch.vector_width(self.arrangement, self.dtype.itemsize, self.aligned)
+        return vector_width(self.arrangement, self.dtype.itemsize, self.aligned)
 
     def flat_width(self) -> int:
         """The same for one that is read from end to end."""
@@ -93,8 +92,8 @@ def by_size(weights: Sequence[Weight]) -> list[int]:
 
 
 def vector_places(a: Arrangement, views: int) -> tuple[tuple[int, int, int, int], int]:
-    """Where p, x, q and z of a weight lie among its own flat vectors (u and v of `out`, u and v of `in`), -1 where there
-    is no such view; and how many entries they have."""
+    """Where p, x, q and z of a weight lie among its own flat vectors (u and v of `out`, u and v of `in`), -1 where
+    there is no such view; and how many entries they have."""
     sizes = {1: (a.b, a.rows * a.k), 2: (a.n, a.rows)} if a.turned else {1: (a.rows, a.n), 2: (a.rows * a.k, a.b)}
     found: dict[int, tuple[int, int]] = {}
     end = 0

@@ -1,12 +1,12 @@
 """u <- M v / |M v|, v <- M^T u / |M^T u| for both views of all weights of a call, each weight read once.
 
 A program takes a block of rows of one weight. The local half gives p = <row, x> (row matrix: u from v) and
-q[k] = sum_b w[b, k] z[b] (class matrix) for its rows; the accumulating half adds p · row into x and q · row into z, from
-the same block while it is near. Sums over blocks are written apart and added up in the order of the blocks by the
+q[k] = sum_b w[b, k] z[b] (class matrix) for its rows; the accumulating half adds p · row into x and q · row into z,
+from the same block while it is near. Sums over blocks are written apart and added up in the order of the blocks by the
 program that arrives last, or, where those are many, by a second launch: no float atomics, so the same bits every time.
 
-p and q are not divided by their norms before the end. Each block brings its own near 1 by a power of two, so that weights
-of any size come out exact; where they are all zero, it takes the old vector instead, so that v still moves.
+p and q are not divided by their norms before the end. Each block brings its own near 1 by a power of two, so that
+weights of any size come out exact; where they are all zero, it takes the old vector instead, so that v still moves.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def state_of(row, which, flat, first):
 
 @triton.jit
 def _scaled(raw, old, peak, exponents, block):
-    """Coefficients of the accumulating half: near 1 by a power of two that is noted, or the old ones where all are 0."""
+    """Coefficients of the accumulating half: near 1 by a power of two that is noted; the old ones where all are 0."""
     exponent = exponent_of(peak)
     nothing = peak == 0.0
     tl.store(exponents + block, tl.where(nothing, NOTHING, exponent))
@@ -280,10 +280,11 @@ def finish(row, mode, gathered, flat, sigma, scratch, first, store, FINISH: tl.c
             product = _product(left, right.to(tl.pointer_type(tl.float32)), raw_n, BT)
             squares = _product(sums, sums, tl.where(accumulated, sums_n, 0), BT)
             nan = float("nan")
-            norm = tl.sqrt(product)
+            norm = tl.sqrt(tl.abs(product))
             sums_norm = tl.sqrt(squares)
             # sigma is |M^T p| / |p|; |p| where only that is there; u^T M v where nothing is iterated.
-            ratio = sums_norm / tl.where(nothing, norm, norm * power_of_two(-top))
+            used = tl.where(nothing, norm, norm * power_of_two(-top))
+            ratio = sums_norm / tl.where(used == 0.0, 1.0, used)
             fused = tl.where(_sound(sums_norm), ratio, tl.where(sums_norm == 0.0, 0.0, nan))
             local = tl.where(_sound(norm) | (norm == 0.0), norm, nan)
             value = tl.where(measured, product, tl.where(mode == LOCAL, local, fused))
@@ -308,27 +309,23 @@ def last_to_arrive(counters, layer, count):
 
 
 @triton.jit
-def iterate(table, work, flat, sigma, scratch, counters, first, store, KINDS: tl.constexpr, FINISH: tl.constexpr):
-    """One launch of an iteration. work: (weight, block, kind, mode, whether a second launch finishes) per program."""
-    item = work + 5 * tl.program_id(0)
+def _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS: tl.constexpr, FINISH: tl.constexpr):
     layer = tl.load(item)
-    block = tl.load(item + 1)
-    kind = tl.load(item + 2)
     row = table + layer * COLUMNS
+    kind = tl.load(item + 2)
     for i in tl.static_range(len(KINDS)):
         if kind == i:
-            block_of_rows(row, block, flat, scratch, first, KINDS, i)
+            block_of_rows(row, tl.load(item + 1), flat, scratch, first, KINDS, i)
     if tl.load(item + 4) == 0:
         if last_to_arrive(counters, layer, tl.load(row + BLOCKS).to(tl.int32)):
             finish(row, tl.load(item + 3), 0, flat, sigma, scratch, first, store, FINISH)
 
 
 @triton.jit
-def reduce(table, work, flat, sigma, scratch, counters, first, store, FINISH: tl.constexpr):
-    """The second launch: sums of weights with many blocks, by columns. work: (weight, tile, tiles, mode, 0)."""
-    item = work + 5 * tl.program_id(0)
+def _columns_item(table, item, flat, sigma, scratch, counters, first, store, FINISH: tl.constexpr):
+    BG: tl.constexpr = FINISH[0]
+    BC: tl.constexpr = FINISH[1]
     layer = tl.load(item)
-    part = tl.load(item + 1)
     row = table + layer * COLUMNS
     rows = tl.load(row + ROWS).to(tl.int32)
     b = tl.load(row + B).to(tl.int32)
@@ -336,12 +333,58 @@ def reduce(table, work, flat, sigma, scratch, counters, first, store, FINISH: tl
     blocks = tl.load(row + BLOCKS)
     exponents = scratch + tl.load(row + SUMS) + rows + rows * k
     x_sums = exponents + 2 * blocks
-    BG: tl.constexpr = FINISH[0]
-    BC: tl.constexpr = FINISH[1]
-    begin = part * BC
+    begin = tl.load(item + 1) * BC
     if (tl.load(row + SIGMA) >= 0) & (begin < b * k):
         gather(x_sums, b * k, exponents, blocks, begin, BG, BC)
     if (tl.load(row + SIGMA + 1) >= 0) & (begin < b):
         gather(x_sums + blocks * b * k, b, exponents + blocks, blocks, begin, BG, BC)
-    if last_to_arrive(counters, layer, tl.load(item + 2)):
+    if last_to_arrive(counters, layer, tl.load(item + 4)):
         finish(row, tl.load(item + 3), 1, flat, sigma, scratch, first, store, FINISH)
+
+
+@triton.jit
+def iterate(table, work, flat, sigma, scratch, counters, first, store, KINDS: tl.constexpr, FINISH: tl.constexpr):
+    """Blocks of rows. work, per program: (weight, block, kind, mode, 1 if another launch adds the blocks up)."""
+    item = work + 5 * tl.program_id(0)
+    _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS, FINISH)
+
+
+@triton.jit
+def reduce(table, work, flat, sigma, scratch, counters, first, store, FINISH: tl.constexpr):
+    """Sums of weights with many blocks. work, per program: (weight, tile of columns, -1, mode, tiles)."""
+    _columns_item(table, work + 5 * tl.program_id(0), flat, sigma, scratch, counters, first, store, FINISH)
+
+
+@triton.jit
+def _all_programs(barrier):
+    """Waits for every program of the grid, all of which must be running: a cooperative launch. The counter only grows,
+    by a multiple of the grid, so that nobody has to reset it."""
+    programs = tl.num_programs(0)
+    tl.debug_barrier()
+    target = (tl.atomic_add(barrier, 1, sem="acq_rel", scope="gpu") // programs + 1) * programs
+    while tl.atomic_add(barrier, 0, sem="acquire", scope="gpu") < target:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def iterate_together(
+    table, work, phases, flat, sigma, scratch, counters, barrier, rounds, store,
+    PHASES: tl.constexpr, KINDS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """All rounds and their phases in one launch, a barrier after each. phases: where each phase's work ends."""
+    programs = tl.num_programs(0)
+    for round_ in range(0, rounds):
+        first = tl.where(round_ == 0, 1, 0)
+        begin = 0
+        for phase in range(0, PHASES):
+            end = tl.load(phases + phase)
+            for j in range(begin + tl.program_id(0), end, programs):
+                item = work + 5 * j
+                if tl.load(item + 2) >= 0:
+                    _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS, FINISH)
+                else:
+                    _columns_item(table, item, flat, sigma, scratch, counters, first, store, FINISH)
+            begin = end
+            if (phase < PHASES - 1) | (round_ < rounds - 1):
+                _all_programs(barrier)

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsn.kernels import launch, memory
+from fastsn.kernels import memory
 from fastsn.kernels import rescale as kernels
 from fastsn.kernels.arrangement import arrangement, dense_strides
-from fastsn.kernels.plan import DTYPES, SETTINGS, TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
+from fastsn.kernels.plan import DTYPES, TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
+from fastsn.kernels.settings import Settings, current, vector_width
 
 _SETTLED = 1024  # chunks whose sums are added at a time
 _SCALED = 128  # weights whose derivatives by a scale are added at a time
@@ -42,7 +43,7 @@ def rescale(
     placed = [described(w, dim, dense=True) for w, dim in zip(weights, dims, strict=True)]
     outputs = _results(placed, weights, dims, dtypes)
     numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
-    plan = _forward_plan(tuple(w for _, w in placed), numbers, outputs, weights[0].device, SETTINGS)
+    plan = _forward_plan(tuple(w for _, w in placed), numbers, outputs, weights[0].device, current(weights[0].device))
     results, mean = plan.run([w for w, _ in placed], scales, sigma)
     return _as_given(results, placed, weights, dims), mean
 
@@ -66,9 +67,11 @@ def rescale_backward(
     outputs = _results(placed, bases, dims, dtypes)
     numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
     described_all = tuple(w for _, w in placed), tuple(g for _, g in beside)
-    plan = _backward_plan(*described_all, numbers, outputs, len(scales), bases[0].device, SETTINGS)
+    plan = _backward_plan(*described_all, numbers, outputs, len(scales), bases[0].device, current(bases[0].device))
     results, d_scales = plan.run([w for w, _ in placed], [g for g, _ in beside], grad_sigma, scales, sigma, vectors)
-    shaped = [d.to(scale.dtype).view(scale.shape) for d, scale in zip(d_scales.unbind(), scales, strict=True)]
+    shaped = [
+        d.to(scale.device, scale.dtype).view(scale.shape) for d, scale in zip(d_scales.unbind(), scales, strict=True)
+    ]
     return _as_given(results, placed, bases, dims), shaped
 
 
@@ -119,7 +122,7 @@ class _Plan:
         numbers: Numbers,
         outputs: Sequence[Result],
         device: torch.device,
-        settings: launch.Settings,
+        settings: Settings,
     ) -> None:
         self.weights, self.numbers, self.device, self.settings = weights, numbers, device, settings
         self.tables = memory.Tables()
@@ -164,7 +167,7 @@ class _Forward(_Plan):
         """Launch."""
         device, settings = self.device, self.settings
         memory.keep(self, device)
-        scales = [scale.float() for scale in scales]
+        scales = [scale.to(device, torch.float32) for scale in scales]
         addresses = tuple([x.data_ptr() for x in (*weights, *scales)])
         table = self.tables.get(addresses, lambda: self.rows(weights, scales), device)
         mean = torch.empty(len(weights), dtype=torch.float32, device=device)
@@ -188,7 +191,7 @@ class _Backward(_Plan):
         outputs: Sequence[Result],
         scales: int,
         device: torch.device,
-        settings: launch.Settings,
+        settings: Settings,
     ) -> None:
         super().__init__(weights, numbers, outputs, device, settings)
         self.gradients, self.scales = gradients, scales
@@ -206,11 +209,9 @@ class _Backward(_Plan):
             for chunk in range(self.chunks(i)):
                 products.add(i, chunk, number)
         for i in reversed(order):  # backwards: what was read last is still in the cache
-            g, t = gradients[i], launch.tiles(weights[i].arrangement, settings)
+            g, t = gradients[i], settings.tiles(weights[i].arrangement)
             a, (p, q) = g.arrangement, self._views(i)
-            wide = min(
-                g.vector_width(), launch.vector_width(a._replace(stride=a.n), DTYPES[numbers.dtypes[i]].itemsize, True)
-            )
+            wide = min(g.vector_width(), vector_width(a._replace(stride=a.n), DTYPES[numbers.dtypes[i]].itemsize, True))
             shape = (t.bo, t.bi, t.kp, a.k == t.kp, a.kb)
             number = block_kinds.number((p, q, *shape, wide, TYPES[g.dtype], TYPES[DTYPES[numbers.dtypes[i]]]))
             for row in reversed(range(t.blocks)):
@@ -249,7 +250,7 @@ class _Backward(_Plan):
         """Launch."""
         device, settings = self.device, self.settings
         memory.keep(self, device)
-        scales = [scale.float() for scale in scales]
+        scales = [scale.to(device, torch.float32) for scale in scales]
         addresses = tuple([x.data_ptr() for x in (*bases, *gradients, *scales)])
         table = self.tables.get(addresses, lambda: self.rows(bases, gradients, scales), device)
         (products, many_products, product_kinds), (blocks, many_blocks, block_kinds) = self.launches

@@ -1,0 +1,126 @@
+"""How kernels are launched: tile shapes by the sizes of a weight.
+
+Nothing here was measured on a GPU yet: what each number rests on stands beside it. ``launch.tune`` measures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fastsn.kernels.arrangement import Arrangement
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not less."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tile of (BO rows, BI channels, KP >= K positions), of which ``blocks`` cover the rows of a weight."""
+
+    bo: int
+    bi: int
+    kp: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of tiles and of programs. Registers per thread were read from programs compiled for sm_90."""
+
+    # Elements of a tile of the iteration and of the gradient: 16 floats per thread and accumulator with 4 warps, which
+    # with two accumulators and the weight stays below the 128 registers that let 4 programs share a multiprocessor.
+    tile: int = 2048
+    # Rows of a block: each block writes sums of the length of a row (two for BSSN), so W/8 more traffic, nearly all in
+    # the L2 cache. Fewer rows make more programs, which a small network needs to fill a GPU.
+    rows: int = 8
+    # Rows of a block where there are more than enough: from this many blocks of one weight on, four times the rows.
+    many_blocks: int = 512
+    # The last program of a weight adds up its blocks' sums, tile by tile, unless it has more tiles than this to go
+    # through: then a second launch does. A tile waits for the L2 cache once, some 0.3 µs; a launch costs about 3.
+    last_tiles: int = 16
+    group: int = 8  # blocks added at a time
+    columns: int = 256  # of how many columns
+    vector: int = 1024  # elements of a vector that are normalised at a time
+    # Elements that a program of the elementwise kernels goes through, in steps of a tile.
+    chunk: int = 8192
+    step: int = 2048
+    warps: int = 4
+    # All phases of an iteration in one cooperative launch, with barriers of the whole grid between them, instead of one
+    # launch for each. Off until a measurement says for which sizes it wins.
+    together: bool = False
+
+    @property
+    def finish(self) -> tuple[int, int, int]:
+        """The tile sizes of the part that adds up and normalises."""
+        return self.group, self.columns, self.vector
+
+    def tiles(self, a: Arrangement) -> Tiles:
+        """The tile for a weight: the rows that are set, fewer where there are fewer or where K is large."""
+        kp = power_of_two(a.k)
+        rows = self.rows * (4 if a.rows > self.many_blocks * self.rows else 1)
+        bo = min(rows, power_of_two(a.rows), max(self.tile // kp, 1))
+        bi = max(1, min(self.tile // (bo * kp), power_of_two(a.b)))
+        return Tiles(bo, bi, kp, -(-a.rows // bo))
+
+    def finished_apart(self, a: Arrangement, blocks: int) -> bool:
+        """Whether a second launch adds up the blocks' sums."""
+        columns = -(-a.n // self.columns) + -(-a.b // self.columns)
+        return -(-blocks // self.group) * columns > self.last_tiles
+
+
+DEFAULT = Settings()
+_known: dict[torch.device, Settings] = {}
+
+
+def current(device: torch.device) -> Settings:
+    """What is in force for a device: what ``launch.tune`` has stored for it, otherwise the defaults."""
+    found = _known.get(device)
+    if found is None:
+        found = _known[device] = (stored(device) if device.type == "cuda" else None) or DEFAULT
+    return found
+
+
+def stored(device: torch.device) -> Settings | None:
+    """What ``launch.tune`` has stored for GPUs of this name; None, with a warning, if it cannot be used."""
+    path = file(torch.cuda.get_device_name(device))
+    if not path.exists():
+        return None
+    try:
+        return Settings(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        warnings.warn(f"{path} is not used, the default launch settings are: {error}", stacklevel=2)
+        return None
+
+
+def store(settings: Settings, device: torch.device) -> Path:
+    """Keep the settings for GPUs of this name, and put them in force."""
+    path = file(torch.cuda.get_device_name(device))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(f".{os.getpid()}.part")  # of several processes that tune, one wins, with a whole file
+    whole.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    whole.replace(path)
+    _known[device] = settings
+    return path
+
+
+def file(name: str) -> Path:
+    """Where the settings for GPUs of a name are kept: in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "fastsn" / f"launch-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+
+
+def vector_width(a: Arrangement, element_size: int, aligned: bool) -> int:
+    """How many elements a load of 16 bytes takes where rows begin at multiples of 16 bytes, otherwise 1."""
+    width = 16 // element_size
+    contiguous = a.b if a.k == 1 or a.kb else a.k if a.k == power_of_two(a.k) else 1
+    fits = contiguous % width == 0
+    return width if aligned and fits and (a.rows == 1 or a.stride % width == 0) else 1
