@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,41 +16,54 @@ _CHECKED = 1024  # lists of arguments that are remembered as sound
 _checked: dict[Any, None] = {}
 
 
+class Kernel(NamedTuple):
+    """Of an op: what checks its arguments, what serves the tensors that the kernel does not, and where among the
+    arguments the weights and the scales are."""
+
+    check: Callable[..., Any]
+    plain: Callable[..., Any]
+    weights_at: int = 0
+    scales_at: int | None = None
+
+
+KERNELS = {
+    "power_iteration": Kernel(ops.check_iteration, ops.reference_power_iteration),
+    "power_iteration_": Kernel(ops.check_iteration, ops.reference_power_iteration_),
+    "rescale": Kernel(ops.check_rescale, ops.reference_rescale, scales_at=1),
+    "rescale_backward": Kernel(ops.check_backward, ops.reference_rescale_backward, weights_at=2, scales_at=3),
+}
+
+
 def register() -> None:
     """Called once, by the package."""
-    _register("power_iteration", ops.check_iteration, ops.reference_power_iteration)
-    _register("power_iteration_", ops.check_iteration, ops.reference_power_iteration_)
-    _register("rescale", ops.check_rescale, ops.reference_rescale, scales_at=1)
-    _register("rescale_backward", ops.check_backward, ops.reference_rescale_backward, weights_at=2, scales_at=3)
+    for name in KERNELS:
+        ops.LIBRARY.impl(name, implementation(name, _served), "CUDA")  # type: ignore[no-untyped-call]
 
 
-def _register(
-    name: str, check: Callable[..., Any], plain: Callable[..., Any], weights_at: int = 0, scales_at: int | None = None
-) -> None:
-    """``plain`` serves what the kernels do not: float64, GPUs that are too old, machines without Triton."""
+def _served(device: torch.device) -> bool:
+    return triton(device.index).available
+
+
+def implementation(name: str, served: Callable[[torch.device], bool]) -> Callable[..., Any]:
+    """An op for the devices that ``served`` says: by its kernels, float64 by the reference."""
+    kernel = KERNELS[name]
 
     def run(*arguments: Any) -> Any:
-        weights = arguments[weights_at]
-        if not weights or weights[0].dtype == torch.float64 or not triton(weights[0].device.index).available:
-            return plain(*arguments)
-        return call(name, check, weights[0].device, scales_at, arguments)
+        weights = arguments[kernel.weights_at]
+        if not weights or weights[0].dtype == torch.float64 or not served(weights[0].device):
+            return kernel.plain(*arguments)
+        # Once known to be sound, arguments are not checked again. A kernel would read whatever is there.
+        key = (name, tuple([_signature(argument) for argument in arguments]))
+        if key not in _checked:
+            kernel.check(*arguments)
+            at = len(arguments) if kernel.scales_at is None else kernel.scales_at
+            _same_device((*arguments[:at], *arguments[at + 1 :]), weights[0].device)
+            if len(_checked) >= _CHECKED:
+                _checked.clear()
+            _checked[key] = None
+        return getattr(importlib.import_module("fastsn.kernels.launch"), name)(*arguments)
 
-    ops.LIBRARY.impl(name, run, "CUDA")  # type: ignore[no-untyped-call]
-
-
-def call(
-    name: str, check: Callable[..., Any], device: torch.device, scales_at: int | None, arguments: tuple[Any, ...]
-) -> Any:
-    """The kernels of an op, once the arguments are known to be sound: a kernel would read whatever is there."""
-    key = (name, tuple([_signature(argument) for argument in arguments]))
-    if key not in _checked:
-        check(*arguments)
-        _same_device(arguments[:scales_at], device)
-        _same_device(arguments[(scales_at or len(arguments)) + 1 :], device)
-        if len(_checked) >= _CHECKED:
-            _checked.clear()
-        _checked[key] = None
-    return getattr(importlib.import_module("fastsn.kernels.launch"), name)(*arguments)
+    return run
 
 
 def _signature(argument: Any) -> Any:

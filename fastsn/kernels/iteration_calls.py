@@ -28,6 +28,10 @@ def power_iteration(
     n: int,
 ) -> tuple[Tensor, Tensor]:
     """(sigma, vectors) as the op gives them; with ``store``, u and v are written in place."""
+    if store and n and not torch.is_inference_mode_enabled():
+        for i, (left, right) in enumerate(zip(u, v, strict=True)):
+            if left.is_inference() or right.is_inference():
+                raise RuntimeError(f"u[{i}] or v[{i}] was made in inference mode and cannot be updated outside of it")
     placed = [described(w, dim) for w, dim in zip(weights, dims, strict=True)]
     plan = _plan(
         tuple(weight for _, weight in placed),
@@ -40,10 +44,10 @@ def power_iteration(
     results = plan.run([w for w, _ in placed], own_u, own_v, n, store)
     if store and n:
         for given, own in zip((*u, *v), (*own_u, *own_v), strict=True):
-            if own is given:
-                torch.autograd.graph.increment_version(given)
-            else:
+            if own is not given:
                 given.copy_(own)
+            elif not given.is_inference():
+                torch.autograd.graph.increment_version(given)
     return results
 
 

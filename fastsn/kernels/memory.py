@@ -1,4 +1,4 @@
-"""Device memory that launches share: tables of addresses, counters, and results in one block.
+"""Device memory that launches share: tables of addresses, and counters.
 
 While a CUDA graph is captured nothing may be allocated outside of its pool, copied from pageable memory or waited for,
 and what a graph has seen must stay where it is for as long as the graph lives.
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 256  # bytes, of results within their block
 _ARENA = 1 << 16  # int64 numbers of pinned memory for tables that are sent during captures
 _COUNTERS = 4096
 _TABLES = 64  # tables that a plan keeps; a network whose gradients come back to the same places needs one
@@ -97,28 +96,3 @@ def keep(thing: Any, device: torch.device) -> None:
     """Hold on to what a graph that is being captured will read."""
     if capturing(device):
         _kept.append(thing)
-
-
-class Block:
-    """Results in one block of memory, so that kernels need one address, and 64 tensors one allocation."""
-
-    def __init__(self, shapes: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
-        self._shapes = shapes
-        self.offsets: list[int] = []  # in elements of each one's type
-        self._bytes = 0
-        for shape, _, dtype in shapes:
-            numel = 1
-            for size in shape:
-                numel *= size
-            self.offsets.append(self._bytes // dtype.itemsize)
-            self._bytes += -(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-    def allocate(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """The block, and a tensor of its own for each result: not views, whose versions would be counted together."""
-        block = torch.empty(self._bytes, dtype=torch.uint8, device=device)
-        storage = block.untyped_storage()
-        results = [
-            torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)
-            for (shape, strides, dtype), offset in zip(self._shapes, self.offsets, strict=True)
-        ]
-        return block, results

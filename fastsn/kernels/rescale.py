@@ -17,7 +17,7 @@ STRIDE = tl.constexpr(1)
 ROWS = tl.constexpr(2)
 B = tl.constexpr(3)
 K = tl.constexpr(4)
-RESULT = tl.constexpr(5)  # offset into the results, in elements of the result's type
+RESULT = tl.constexpr(5)  # address of W̄ or dW
 SIGMA = tl.constexpr(6)  # offset of the weight's first sigma, and how many there are
 VIEWS = tl.constexpr(7)
 FACTOR = tl.constexpr(8)  # the bits of a float32
@@ -58,7 +58,6 @@ def _rescaled(
     row,
     start,
     end,
-    result,
     inverse,
     power,
     scale,
@@ -73,11 +72,10 @@ def _rescaled(
     OUT: tl.constexpr = KINDS[NUMBER][3]
     n = tl.load(row + B) * tl.load(row + K)
     weight = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
-    offset = tl.load(row + RESULT)
     if VEC > 1:
         weight = tl.multiple_of(weight, 16)
         end = (end // VEC) * VEC
-    out = tl.multiple_of(result.to(tl.int64).to(tl.pointer_type(OUT)), 16) + (offset // 16) * 16
+    out = tl.multiple_of(tl.load(row + RESULT).to(tl.pointer_type(OUT)), 16)
     for step in tl.static_range(CHUNK // STEP):
         e = start + step * STEP + tl.arange(0, STEP)
         at = _elements(row, start + step * STEP, n, STEP, STRIDED, STRIDE)
@@ -86,7 +84,7 @@ def _rescaled(
 
 
 @triton.jit
-def rescale(table, work, sigma, mean, result, KINDS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
+def rescale(table, work, sigma, mean, KINDS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
     """W̄ = W / sigma · scale, in two roundings, so that BSSN is exactly scale times BSN. work: (weight, chunk, kind)."""
     item = work + 3 * tl.program_id(0)
     layer = tl.load(item)
@@ -107,7 +105,7 @@ def rescale(table, work, sigma, mean, result, KINDS: tl.constexpr, CHUNK: tl.con
     start = chunk.to(tl.int64) * CHUNK
     for i in tl.static_range(len(KINDS)):
         if kind == i:
-            _rescaled(row, start, numel, result, inverse, power, _scale_of(row), KINDS, i, CHUNK, STEP)
+            _rescaled(row, start, numel, inverse, power, _scale_of(row), KINDS, i, CHUNK, STEP)
 
 
 @triton.jit
@@ -189,7 +187,7 @@ def inner_products(
 
 
 @triton.jit
-def _gradient_rows(row, block, flat, result, alpha, along, KINDS: tl.constexpr, NUMBER: tl.constexpr):
+def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: tl.constexpr):
     P: tl.constexpr = KINDS[NUMBER][0]
     Q: tl.constexpr = KINDS[NUMBER][1]
     BO: tl.constexpr = KINDS[NUMBER][2]
@@ -213,7 +211,7 @@ def _gradient_rows(row, block, flat, result, alpha, along, KINDS: tl.constexpr, 
         n = (n // VEC) * VEC
         if KP == 1 or KB:
             b = (b // VEC) * VEC
-    out = tl.multiple_of(result.to(tl.int64).to(tl.pointer_type(OUT)), 16) + (tl.load(row + RESULT) // 16) * 16
+    out = tl.multiple_of(tl.load(row + RESULT).to(tl.pointer_type(OUT)), 16)
     o = block * BO + tl.arange(0, BO)
     kk = tl.arange(0, KP)
     in_rows = o < rows
@@ -246,8 +244,9 @@ def _gradient_rows(row, block, flat, result, alpha, along, KINDS: tl.constexpr, 
 
 
 @triton.jit
-def gradient(table, work, coefficients, flat, result, d_scales, layers, scales, KINDS: tl.constexpr, BL: tl.constexpr):
-    """dW of every weight. work: (weight, block of rows, kind). The first program adds up the scales' derivatives."""
+def gradient(table, work, coefficients, flat, layers, scales, KINDS: tl.constexpr, BL: tl.constexpr):
+    """dW of every weight. work: (weight, block of rows, kind). The first program adds up the derivatives by the scales,
+    whose addresses come after the table's rows."""
     item = work + 3 * tl.program_id(0)
     layer = tl.load(item)
     kind = tl.load(item + 2)
@@ -255,7 +254,7 @@ def gradient(table, work, coefficients, flat, result, d_scales, layers, scales, 
     along = tl.load(coefficients + 3 * layer + 1)
     for i in tl.static_range(len(KINDS)):
         if kind == i:
-            _gradient_rows(table + layer * COLUMNS, tl.load(item + 1), flat, result, alpha, along, KINDS, i)
+            _gradient_rows(table + layer * COLUMNS, tl.load(item + 1), flat, alpha, along, KINDS, i)
     if tl.program_id(0) == 0:
         for scale in range(0, scales):
             total = tl.zeros((BL,), tl.float32)
@@ -264,4 +263,5 @@ def gradient(table, work, coefficients, flat, result, d_scales, layers, scales, 
                 which = tl.load(table + at * COLUMNS + WHICH, mask=at < layers, other=-1)
                 part = tl.load(coefficients + 3 * at + 2, mask=at < layers, other=0.0)
                 total += tl.where(which == scale, part, 0.0)
-            tl.store(d_scales + scale, tl.sum(total, axis=0))
+            address = tl.load(table + layers * COLUMNS + scale)
+            tl.store(address.to(tl.pointer_type(tl.float32)), tl.sum(total, axis=0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsn.kernels import memory
 from fastsn.kernels import rescale as kernels
-from fastsn.kernels.arrangement import arrangement, dense_strides
+from fastsn.kernels.arrangement import arrangement
 from fastsn.kernels.plan import DTYPES, TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
 from fastsn.kernels.settings import Settings, current, vector_width
 
@@ -41,9 +41,8 @@ def rescale(
 ) -> tuple[list[Tensor], Tensor]:
     """([W̄], mean sigma) as the op gives them."""
     placed = [described(w, dim, dense=True) for w, dim in zip(weights, dims, strict=True)]
-    outputs = _results(placed, weights, dims, dtypes)
     numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
-    plan = _forward_plan(tuple(w for _, w in placed), numbers, outputs, weights[0].device, current(weights[0].device))
+    plan = _forward_plan(tuple(w for _, w in placed), numbers, weights[0].device, current(weights[0].device))
     results, mean = plan.run([w for w, _ in placed], scales, sigma)
     return _as_given(results, placed, weights, dims), mean
 
@@ -64,29 +63,15 @@ def rescale_backward(
     """([dW], [dscale]) as the op gives them."""
     placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
     beside = [_beside(*each) for each in zip(gradients, bases, placed, dims, strict=True)]
-    outputs = _results(placed, bases, dims, dtypes)
     numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
     described_all = tuple(w for _, w in placed), tuple(g for _, g in beside)
-    plan = _backward_plan(*described_all, numbers, outputs, len(scales), bases[0].device, current(bases[0].device))
+    plan = _backward_plan(*described_all, numbers, len(scales), bases[0].device, current(bases[0].device))
     results, d_scales = plan.run([w for w, _ in placed], [g for g, _ in beside], grad_sigma, scales, sigma, vectors)
-    shaped = [
-        d.to(scale.device, scale.dtype).view(scale.shape) for d, scale in zip(d_scales.unbind(), scales, strict=True)
-    ]
-    return _as_given(results, placed, bases, dims), shaped
+    own = [d.to(scale.device, scale.dtype) for d, scale in zip(d_scales, scales, strict=True)]
+    return _as_given(results, placed, bases, dims), own
 
 
 Placed = Sequence[tuple[Tensor, Weight]]
-Result = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-
-
-def _results(placed: Placed, given: Sequence[Tensor], dims: Sequence[int], dtypes: Sequence[int]) -> tuple[Result, ...]:
-    """(shape, strides, dtype) of what kernels write: the rows of each weight in memory order, without gaps."""
-    found = []
-    for (tensor, _), original, dim, code in zip(placed, given, dims, dtypes, strict=True):
-        strides = dense_strides(tensor.shape, tensor.stride(), dim if tensor is original else 0)
-        assert strides is not None
-        found.append((tuple(tensor.shape), strides, DTYPES[code]))
-    return tuple(found)
 
 
 def _as_given(results: list[Tensor], placed: Placed, given: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
@@ -120,19 +105,22 @@ class _Plan:
         self,
         weights: Sequence[Weight],
         numbers: Numbers,
-        outputs: Sequence[Result],
         device: torch.device,
         settings: Settings,
     ) -> None:
         self.weights, self.numbers, self.device, self.settings = weights, numbers, device, settings
         self.tables = memory.Tables()
-        self.block = memory.Block(outputs)
 
-    def row(self, i: int, tensor: Tensor, sigma: int, scales: Sequence[Tensor]) -> list[int]:
+    def results(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for W̄ or dW. Its rows come in the order of the weight's, without gaps, or ``like`` were a copy."""
+        codes = self.numbers.dtypes
+        return [torch.empty_like(x, dtype=DTYPES[code]) for x, code in zip(like, codes, strict=True)]
+
+    def row(self, i: int, tensor: Tensor, result: Tensor, sigma: int, scales: Sequence[Tensor]) -> list[int]:
         """The columns up to the scale's number."""
         a, which, views = self.weights[i].arrangement, self.numbers.which[i], self.numbers.views[i].bit_count()
         scale = scales[which].data_ptr() if which >= 0 else 0
-        numbers = [tensor.data_ptr(), a.stride, a.rows, a.b, a.k, self.block.offsets[i], sigma, views]
+        numbers = [tensor.data_ptr(), a.stride, a.rows, a.b, a.k, result.data_ptr(), sigma, views]
         return [*numbers, _bits(self.numbers.factors[i]), scale, which]
 
     def chunks(self, i: int) -> int:
@@ -153,13 +141,13 @@ class _Forward(_Plan):
                 work.add(i, chunk, kind)
         self.work, self.programs, self.kinds = work.sent(self.device), work.programs, tuple(kinds.found)
 
-    def rows(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[int]:
+    def rows(self, weights: Sequence[Tensor], results: Sequence[Tensor], scales: Sequence[Tensor]) -> list[int]:
         """The table."""
         numbers: list[int] = []
         sigma = 0
         unused = [0] * (kernels.COLUMNS.value - kernels.FLAT.value)
         for i, tensor in enumerate(weights):
-            numbers += [*self.row(i, tensor, sigma, scales), *unused]
+            numbers += [*self.row(i, tensor, results[i], sigma, scales), *unused]
             sigma += self.numbers.views[i].bit_count()
         return numbers
 
@@ -168,13 +156,13 @@ class _Forward(_Plan):
         device, settings = self.device, self.settings
         memory.keep(self, device)
         scales = [scale.to(device, torch.float32) for scale in scales]
-        addresses = tuple([x.data_ptr() for x in (*weights, *scales)])
-        table = self.tables.get(addresses, lambda: self.rows(weights, scales), device)
+        results = self.results(weights)
+        addresses = tuple([x.data_ptr() for x in (*weights, *results, *scales)])
+        table = self.tables.get(addresses, lambda: self.rows(weights, results, scales), device)
         mean = torch.empty(len(weights), dtype=torch.float32, device=device)
-        block, results = self.block.allocate(device)
         with on(device):
             kernels.rescale[(self.programs,)](
-                table, self.work, sigma.contiguous(), mean, block,
+                table, self.work, sigma.contiguous(), mean,
                 KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, num_warps=settings.warps,
             )  # fmt: skip
         return results, mean
@@ -188,12 +176,11 @@ class _Backward(_Plan):
         weights: Sequence[Weight],
         gradients: Sequence[Weight],
         numbers: Numbers,
-        outputs: Sequence[Result],
         scales: int,
         device: torch.device,
         settings: Settings,
     ) -> None:
-        super().__init__(weights, numbers, outputs, device, settings)
+        super().__init__(weights, numbers, device, settings)
         self.gradients, self.scales = gradients, scales
         self.first_chunks: list[int] = []
         self.total_chunks = 0
@@ -226,7 +213,14 @@ class _Backward(_Plan):
         out, into = bool(self.numbers.views[i] & 1), bool(self.numbers.views[i] & 2)
         return (into, out) if self.weights[i].arrangement.turned else (out, into)
 
-    def rows(self, bases: Sequence[Tensor], gradients: Sequence[Tensor], scales: Sequence[Tensor]) -> list[int]:
+    def rows(
+        self,
+        bases: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        results: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        d_scales: Sequence[Tensor],
+    ) -> list[int]:
         """The table."""
         numbers: list[int] = []
         flat = 0
@@ -234,9 +228,14 @@ class _Backward(_Plan):
             places, size = vector_places(self.weights[i].arrangement, self.numbers.views[i])
             own = [flat + place if place >= 0 else -1 for place in places]
             flat += size
-            numbers += [*self.row(i, base, i, scales), *own, g.data_ptr(), self.gradients[i].arrangement.stride]
+            numbers += [
+                *self.row(i, base, results[i], i, scales),
+                *own,
+                g.data_ptr(),
+                self.gradients[i].arrangement.stride,
+            ]
             numbers += [self.chunks(i), self.first_chunks[i]]
-        return numbers
+        return numbers + [d.data_ptr() for d in d_scales]
 
     def run(
         self,
@@ -246,18 +245,18 @@ class _Backward(_Plan):
         scales: Sequence[Tensor],
         sigma: Tensor,
         vectors: Tensor,
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Launch."""
         device, settings = self.device, self.settings
         memory.keep(self, device)
         scales = [scale.to(device, torch.float32) for scale in scales]
-        addresses = tuple([x.data_ptr() for x in (*bases, *gradients, *scales)])
-        table = self.tables.get(addresses, lambda: self.rows(bases, gradients, scales), device)
+        results, d_scales = self.results(bases), [torch.empty_like(scale) for scale in scales]
+        tensors = (bases, gradients, results, scales, d_scales)
+        addresses = tuple([x.data_ptr() for each in tensors for x in each])
+        table = self.tables.get(addresses, lambda: self.rows(*tensors), device)
         (products, many_products, product_kinds), (blocks, many_blocks, block_kinds) = self.launches
         numbers = torch.empty(self.total_chunks + 3 * len(bases), dtype=torch.float32, device=device)
         dots, coefficients = numbers[: self.total_chunks], numbers[self.total_chunks :]
-        d_scales = torch.empty(self.scales, dtype=torch.float32, device=device)
-        block, results = self.block.allocate(device)
         sigma, vectors = sigma.contiguous(), vectors.contiguous()
         given = sigma if grad_sigma is None else grad_sigma.contiguous()
         with on(device):
@@ -267,7 +266,7 @@ class _Backward(_Plan):
                 KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, num_warps=settings.warps,
             )  # fmt: skip
             kernels.gradient[(many_blocks,)](
-                table, blocks, coefficients, vectors, block, d_scales, len(bases), self.scales,
+                table, blocks, coefficients, vectors, len(bases), self.scales,
                 KINDS=block_kinds, BL=_SCALED, num_warps=settings.warps,
             )  # fmt: skip
         return results, d_scales

@@ -1,0 +1,44 @@
+"""The Triton kernels in their interpreter, as the kernels of CPU tensors: all that can be run of them without a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fastsn import gpu
+from fastsn.kernels import settings
+
+# Tiles so small that weights of a test have several blocks, columns, chunks and groups.
+SMALL = settings.Settings(
+    tile=256, rows=4, many_blocks=8, last_tiles=6, group=2, columns=32, vector=64, chunk=256, step=128
+)
+
+
+@contextmanager
+def kernels(own: settings.Settings = SMALL) -> Iterator[None]:
+    """In the place of the C++ kernels, with these settings."""
+    before = settings._known.get(torch.device("cpu"))
+    settings._known[torch.device("cpu")] = own
+    library = torch.library.Library("fastsn", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that C++ is overridden
+        for name in gpu.KERNELS:
+            library.impl(name, _quiet(gpu.implementation(name, lambda _: True)), "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+        settings._known[torch.device("cpu")] = before or settings.DEFAULT
+
+
+def _quiet(run: Callable[..., Any]) -> Callable[..., Any]:
+    def quiet(*arguments: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numpy: lanes that are not used, scalars that are arrays
+            return run(*arguments)
+
+    return quiet
