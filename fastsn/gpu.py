@@ -12,8 +12,8 @@ from torch import Tensor
 from fastsn import ops
 from fastsn.backends import triton
 
-_CHECKED = 1024  # lists of arguments that are remembered as sound
-_checked: dict[Any, None] = {}
+_KNOWN = 1024  # lists of arguments that are remembered
+_known: dict[Any, bool] = {}  # sound lists, and whether the kernels serve them
 
 
 class Kernel(NamedTuple):
@@ -45,22 +45,32 @@ def _served(device: torch.device) -> bool:
 
 
 def implementation(name: str, served: Callable[[torch.device], bool]) -> Callable[..., Any]:
-    """An op for the devices that ``served`` says: by its kernels, float64 by the reference."""
+    """An op for the devices that ``served`` says: by its kernels, what has float64 in it by the reference."""
     kernel = KERNELS[name]
 
     def run(*arguments: Any) -> Any:
         weights = arguments[kernel.weights_at]
-        if not weights or weights[0].dtype == torch.float64 or not served(weights[0].device):
+        if not weights or not served(weights[0].device):
             return kernel.plain(*arguments)
-        # Once known to be sound, arguments are not checked again. A kernel would read whatever is there.
         key = (name, tuple([_signature(argument) for argument in arguments]))
-        if key not in _checked:
+        own = _known.get(key)
+        if (
+            own is None
+        ):  # once known to be sound, arguments are not checked again; a kernel would read whatever is there
             kernel.check(*arguments)
             at = len(arguments) if kernel.scales_at is None else kernel.scales_at
-            _same_device((*arguments[:at], *arguments[at + 1 :]), weights[0].device)
-            if len(_checked) >= _CHECKED:
-                _checked.clear()
-            _checked[key] = None
+            tensors = _tensors((*arguments[:at], *arguments[at + 1 :]))  # a scale is one number, and is brought over
+            for x in tensors:
+                if x.device != weights[0].device:
+                    place = f"{weights[0].device} as weights[0]"
+                    raise ValueError(f"all must be on {place}, got shape {list(x.shape)} on {x.device}")
+            wide = isinstance(arguments[-1], list | tuple) and ops.DTYPE_CODES[torch.float64] in arguments[-1]
+            own = not wide and all(x.dtype != torch.float64 for x in tensors)
+            if len(_known) >= _KNOWN:
+                _known.clear()
+            _known[key] = own
+        if not own:
+            return kernel.plain(*arguments)
         return getattr(importlib.import_module("fastsn.kernels.launch"), name)(*arguments)
 
     return run
@@ -75,11 +85,6 @@ def _signature(argument: Any) -> Any:
     return argument
 
 
-def _same_device(arguments: tuple[Any, ...], device: torch.device) -> None:
-    """Not asked of scales: a scale is one number, and is brought over."""
-    for argument in arguments:
-        for x in argument if isinstance(argument, list | tuple) else (argument,):
-            if isinstance(x, Tensor) and x.device != device:
-                raise ValueError(
-                    f"all tensors must be on {device} as weights[0], got shape {list(x.shape)} on {x.device}"
-                )
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    lists = [argument if isinstance(argument, list | tuple) else (argument,) for argument in arguments]
+    return [x for each in lists for x in each if isinstance(x, Tensor)]

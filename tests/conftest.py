@@ -1,16 +1,18 @@
-"""Where the tests run: FASTSN_TEST_ON=interpreter puts Triton's interpreter in the place of the C++ kernels for CPU
-tensors, FASTSN_TEST_ON=cuda makes everything on the GPU; without it, tests run on the CPU as users would."""
+"""Where the tests run. FASTSN_TEST_ON=cuda: everything on the GPU. FASTSN_TEST_ON=interpreter: Triton's interpreter is
+in the place of the C++ kernels. Otherwise on the CPU, as users would, and on the interpreter where a test asks for it.
+"""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 ON = os.environ.get("FASTSN_TEST_ON", "")
-if ON == "interpreter":
-    os.environ["TRITON_INTERPRET"] = "1"
 if ON == "cuda":
     torch.set_default_device("cuda")
+else:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +21,22 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreted():
-    if ON == "interpreter":
-        import interpreted
-
-        with interpreted.kernels():
-            yield
-    else:
+def _everywhere():
+    with _interpreter() if ON == "interpreter" else nullcontext():
         yield
+
+
+@pytest.fixture
+def triton_kernels():
+    """The ops run on the Triton kernels: of the GPU, if there is one, otherwise in their interpreter."""
+    with nullcontext() if ON else _interpreter():
+        yield
+
+
+def _interpreter():
+    import interpreted
+
+    return interpreted.kernels()
 
 
 @pytest.fixture(scope="session")

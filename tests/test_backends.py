@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import fastsn
+from fastsn.backends import triton
 
 ROOT = Path(fastsn.__file__).parent.parent
 HAS_CPP = fastsn.backends()["cpp"].available
@@ -95,8 +97,62 @@ def test_an_unknown_implementation(impl):
         fastsn.SNLinear(3, 4, impl=impl)
 
 
-def test_triton_says_that_it_is_missing():
-    with pytest.raises(RuntimeError, match="impl='triton' is not available: this version of fastsn has no Triton"):
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were one: ``gpu(name, capability)``."""
+
+    def pretend(name: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0)) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+    triton.cache_clear()
+    yield pretend
+    triton.cache_clear()
+
+
+def triton_is(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    def found(name: str) -> str:
+        assert name == "triton"
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_triton_is_not_available(monkeypatch):
+    triton_is(monkeypatch, "3.6.0")
+    assert fastsn.backends()["triton"] == (False, "torch finds no GPU")
+    with pytest.raises(RuntimeError, match="impl='triton' is not available: torch finds no GPU"):
+        fastsn.spectral_norm(nn.Linear(3, 4), impl="triton")
+    triton_is(monkeypatch, None)
+    assert fastsn.backends()["triton"].detail == "torch finds no GPU; Triton is not installed, 3.5 is needed"
+
+
+def test_a_gpu_without_triton_or_with_an_old_one(gpu, monkeypatch):
+    gpu()
+    triton_is(monkeypatch, None)
+    assert fastsn.backends()["triton"] == (False, "Triton is not installed, 3.5 is needed")
+    triton.cache_clear()
+    triton_is(monkeypatch, "3.4.1+git12ab")
+    assert fastsn.backends()["triton"] == (False, "Triton 3.4.1+git12ab is too old, 3.5 is needed")
+
+
+def test_a_gpu_that_is_too_old(gpu, monkeypatch):
+    gpu("Tesla P100", (6, 0))
+    triton_is(monkeypatch, "3.6.0")
+    assert fastsn.backends()["triton"] == (False, "Tesla P100 has compute capability 6.0, 7.0 is needed")
+
+
+@pytest.mark.parametrize("version", ["3.5.0", "3.6.0", "3.10.0", "4.0"])
+def test_a_gpu_with_triton(gpu, monkeypatch, version):
+    gpu()
+    triton_is(monkeypatch, version)
+    assert fastsn.backends()["triton"] == (True, f"Triton {version} kernels, NVIDIA H200")
+    with pytest.raises(ValueError, match="impl='triton' needs weights on cuda, got one on cpu"):
         fastsn.spectral_norm(nn.Linear(3, 4), impl="triton")
 
 

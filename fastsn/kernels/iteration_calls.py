@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsn.kernels import memory
 from fastsn.kernels import power_iteration as kernels
 from fastsn.kernels.plan import TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
-from fastsn.kernels.settings import Settings, current
+from fastsn.kernels.settings import REGISTERS, Settings, current
 
 _FUSED, _ACCUMULATE = kernels.FUSED.value, kernels.ACCUMULATE.value
 _LOCAL, _MEASURE = kernels.LOCAL.value, kernels.MEASURE.value
@@ -161,12 +161,14 @@ class Plan:
         """One program per multiprocessor at most, so that all of them run at once and can wait for each other."""
         device, settings = self.device, self.settings
         programs = max(phase.programs for phase in self.phases)
-        several = device.type == "cuda"
-        most = torch.cuda.get_device_properties(device).multi_processor_count if several else 1
+        most, options = 1, {}
+        if device.type == "cuda":
+            most = torch.cuda.get_device_properties(device).multi_processor_count
+            options = {} if torch.version.hip else {"maxnreg": REGISTERS["iterate_together"]}
         kernels.iterate_together[(min(programs, most),)](
             table, self.together, self.ends, *shared, memory.barrier(min(programs, most), device), rounds, keep,
-            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, num_warps=settings.warps,
-            launch_cooperative_grid=True,
+            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, num_warps=settings.together_warps,
+            launch_cooperative_grid=True, **options,
         )  # fmt: skip
 
 

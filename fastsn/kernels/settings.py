@@ -57,6 +57,19 @@ class Settings:
     # All phases of an iteration in one cooperative launch, with barriers of the whole grid between them, instead of one
     # launch for each. Off until a measurement says for which sizes it wins.
     together: bool = False
+    together_warps: int = 8  # of one program per multiprocessor
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is not type(getattr(type(self), name)):
+                raise ValueError(f"{name} must be of type {type(getattr(type(self), name)).__name__}, got {value!r}")
+            if name not in ("together", "last_tiles", "many_blocks") and (value < 1 or value != power_of_two(value)):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        for name in ("last_tiles", "many_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.chunk < self.step:
+            raise ValueError(f"step must be at most chunk, {self.chunk}, got {self.step}")
 
     @property
     def finish(self) -> tuple[int, int, int]:
@@ -78,6 +91,19 @@ class Settings:
 
 
 DEFAULT = Settings()
+
+# Registers per thread that no kernel may exceed with the default settings, on any GPU it is compiled for in the tests.
+# 128 let 4 programs of 4 warps share a multiprocessor; a cooperative program has one to itself. "strided" are the
+# elementwise kernels of weights with gaps between their rows: rare, and they divide.
+REGISTERS = {
+    "iterate": 128,
+    "reduce": 128,
+    "iterate_together": 255,
+    "rescale": 96,
+    "inner_products": 128,
+    "gradient": 128,
+    "strided": 255,
+}
 _known: dict[torch.device, Settings] = {}
 
 

@@ -1,0 +1,131 @@
+"""Compiles every Triton kernel for a GPU that need not be there, and prints what each needs, as JSON.
+
+    python tests/compiled.py sm90
+
+Run apart from the tests: there the kernels are made for the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastsn.kernels import power_iteration, rescale
+from fastsn.kernels.arrangement import arrangement
+from fastsn.kernels.settings import DEFAULT, REGISTERS, vector_width
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {"table": "*i64", "work": "*i32", "phases": "*i32", "counters": "*i32", "barrier": "*i64"}
+NUMBERS = ("first", "store", "rounds", "has_grad_sigma", "layers", "scales")
+F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
+
+
+def shape_of(shape: tuple[int, ...], dtype: Any, aligned: bool = True, channels_last: bool = False) -> tuple[Any, ...]:
+    """(BO, BI, KP, exact, KB, elements of a wide load) of a weight, by the default settings."""
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    like = torch.empty(shape, device="meta", memory_format=order)
+    a = arrangement(shape, like.stride(), 0)
+    assert a is not None
+    t = DEFAULT.tiles(a)
+    return t.bo, t.bi, t.kp, a.k == t.kp, a.kb, vector_width(a, dtype.primitive_bitwidth // 8, aligned)
+
+
+def weights(aligned: bool) -> dict[str, tuple[Any, ...]]:
+    """Weights by name: (shape of the tiles, dtype, whether there is a class matrix)."""
+    if not aligned:
+        shapes = {"3x3": (512, 256, 3, 3), "41": (1024, 64, 41)}
+        found = {name: (shape_of(shape, F32, False), F32, True) for name, shape in shapes.items()}
+        return {**found, "4x4": (shape_of((256, 256, 4, 4), F16, False), F16, True)}
+    return {
+        "4x4": (shape_of((256, 256, 4, 4), F32), F32, True),
+        "4x4 bfloat16": (shape_of((256, 256, 4, 4), BF16), BF16, True),
+        "3x3 channels_last": (shape_of((512, 256, 3, 3), F32, channels_last=True), F32, True),
+        "Linear": (shape_of((4096, 4096), F32), F32, False),
+        "Linear to 1": (shape_of((1, 8192), F32), F32, False),
+    }
+
+
+def programs() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """(kernel, its constants) by name. "wide": every read of a weight is one of 16 bytes; "narrow": none is."""
+    modes = {"iterate": 0, "first half": 1, "second half": 2, "measure": 3}
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    finish = {"FINISH": DEFAULT.finish}
+    for aligned, word in ((True, "wide"), (False, "narrow")):
+        all_weights = weights(aligned)
+        for name, (shape, dtype, q) in all_weights.items():
+            kinds = ((0, True, q, *shape, dtype),)
+            found[f"iterate {name} {word}"] = (power_iteration.iterate, {"KINDS": kinds, **finish})
+        shape, dtype, q = all_weights["4x4"]
+        for mode, number in list(modes.items())[1:]:
+            kinds = ((number, True, q, *shape, dtype),)
+            found[f"iterate {mode} {word}"] = (power_iteration.iterate, {"KINDS": kinds, **finish})
+        network = tuple((0, True, q, *shape, dtype) for shape, dtype, q in all_weights.values())[-3:]
+        found[f"iterate network {word}"] = (power_iteration.iterate, {"KINDS": network, **finish})
+        found[f"iterate_together {word}"] = (
+            power_iteration.iterate_together,
+            {"KINDS": network, "PHASES": 2, **finish},
+        )
+        sizes = {"CHUNK": DEFAULT.chunk, "STEP": DEFAULT.step}
+        for dtype, width in ((F32, 4), (BF16, 8)):
+            kinds = ((False, width if aligned else 1, dtype, dtype),)
+            found[f"rescale {dtype} {word}"] = (rescale.rescale, {"KINDS": kinds, **sizes})
+            found[f"inner_products {dtype} {word}"] = (rescale.inner_products, {"KINDS": kinds, **sizes, "BC": 1024})
+        for name, (shape, dtype, q) in all_weights.items():
+            kinds = ((True, q, *shape, dtype, dtype),)
+            found[f"gradient {name} {word}"] = (rescale.gradient, {"KINDS": kinds, "BL": 128})
+    kinds = ((True, 1, F32, F32),)
+    found["rescale strided"] = (rescale.rescale, {"KINDS": kinds, **sizes})
+    found["inner_products strided"] = (rescale.inner_products, {"KINDS": kinds, **sizes, "BC": 1024})
+    found["reduce"] = (power_iteration.reduce, finish)
+    return found
+
+
+def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
+    """As for arguments whose addresses are multiples of 16, as torch's are."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: "i32" if name in NUMBERS else POINTERS.get(name, "*fp32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    options: dict[str, Any] = {"num_warps": DEFAULT.warps}
+    if "PHASES" in constants:
+        options = {"num_warps": DEFAULT.together_warps, "launch_cooperative_grid": True}
+        options |= {"maxnreg": REGISTERS["iterate_together"]} if target.backend == "cuda" else {}
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+
+
+def needs(binary: Any, target: GPUTarget) -> dict[str, int]:
+    """Registers per thread, bytes that went to memory for want of them, loads of 16 bytes in the PTX."""
+    if target.backend == "hip":
+        text = binary.asm["amdgcn"]
+        number = {n: int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "private_segment_fixed_size")}
+        return {"registers": number["vgpr_count"], "spilled": number["private_segment_fixed_size"]}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4", binary.asm["ptx"]))
+    return {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "wide": wide}
+
+
+if __name__ == "__main__":
+    target = TARGETS[sys.argv[1]]
+    print(json.dumps({name: needs(compiled(*program, target), target) for name, program in programs().items()}))

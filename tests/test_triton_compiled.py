@@ -1,0 +1,58 @@
+"""The Triton kernels compiled for GPUs that are not here: they compile, nothing spills, loads are as wide as they can
+be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ON
+
+pytest.importorskip("triton")
+
+from fastsn.kernels.settings import REGISTERS
+
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+pytestmark = pytest.mark.skipif(ON == "interpreter", reason="compiled already by the tests on the CPU")
+
+
+@pytest.fixture(scope="session")
+def needs() -> dict[str, dict[str, dict[str, int]]]:
+    """Of every target, two at a time."""
+    script = Path(__file__).parent / "compiled.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = {}
+    for pair in (TARGETS[:2], TARGETS[2:]):
+        running = {
+            target: subprocess.Popen(
+                [sys.executable, str(script), target], env=environment, stdout=subprocess.PIPE, text=True
+            )
+            for target in pair
+        }
+        for target, process in running.items():
+            out, _ = process.communicate()
+            assert process.returncode == 0, target
+            found[target] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_stay_within_their_bounds_and_nothing_spills(needs, target):
+    for name, found in needs[target].items():
+        bound = REGISTERS["strided" if name.endswith("strided") else name.split()[0]]
+        assert found["spilled"] == 0, name
+        assert found["registers"] <= bound, name
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
+def test_loads_are_of_16_bytes_where_the_weight_is_aligned_and_only_there(needs, target):
+    for name, found in needs[target].items():
+        if name.endswith("wide"):
+            assert found["wide"] >= 1, name
+        if name.endswith("narrow"):
+            assert found["wide"] == 0, name
