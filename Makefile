@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench package sanitize clean
+.PHONY: demo test lint bench gpu package sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -20,6 +20,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+# On a machine with a GPU, torch and triton, in that python: nothing is installed. Results go to $(OUT).
+OUT ?= gpu-results
+gpu:
+	PYTHON="$(PYTHON)" OUT="$(OUT)" bash .ci/gpu
 
 # An sdist and a wheel in dist/, looked into and used away from the sources.
 package: $(INSTALLED)

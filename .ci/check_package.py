@@ -47,7 +47,7 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT], check=True)
     (archive,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
 
-    code = names("fastsn", ".py", ".typed") | {"fastsn/py.typed"}
+    code = names("fastsn", ".py", ".typed") | names("fastsn/kernels", ".py") | {"fastsn/py.typed"}
     with tarfile.open(archive) as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
     sources = names("csrc", ".cpp", ".h") | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}

@@ -111,4 +111,6 @@ def compare(workload: Workload, case: str, names: tuple[str, ...]) -> dict[str, 
     if DEVICE.type == "cuda":  # on a CPU it takes a process of one's own: test_memory.py
         for name in steps:
             figures[name]["peak_memory_MB"] = measure.peak_cuda_bytes(steps[name]) / 1e6
+            seconds, launches = measure.on_the_device(steps[name])
+            figures[name] |= {"device_ms": seconds * 1e3, "device_times_floor": seconds / floor, "launches": launches}
     return figures

@@ -27,4 +27,9 @@ def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str,
         "fastsn": backend.detail if backend.available else "no C++ kernels",  # the reason may hold a path
     }
     if torch.cuda.is_available():
-        machine_info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        machine_info |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver": torch._C._cuda_getDriverVersion(),
+            "triton": fastsn.backends()["triton"].detail,
+        }

@@ -53,6 +53,17 @@ def copying(nbytes: int) -> Step:
     return lambda: target.copy_(source)
 
 
+def on_the_device(step: Step, times: int = 5) -> tuple[float, float]:
+    """Seconds that a step's kernels and copies run on the GPU, without the gaps between them, and how many they are."""
+    _synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(times):
+            step()
+        _synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.device_time for event in events) * 1e-6 / times, len(events) / times
+
+
 def peak_cuda_bytes(step: Step) -> int:
     """How much more than before is allocated at the peak of a step, on a GPU."""
     _synchronize()

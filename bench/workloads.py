@@ -10,6 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+# Compiling takes minutes, and time on a machine with a GPU is short: there it is done for one network.
+LONG = not torch.cuda.is_available()
+
 Layer = Callable[[], nn.Module]
 
 
@@ -62,7 +65,7 @@ WORKLOADS = (
         "ImageNet ResNet",
         (*resnet_blocks(), partial(nn.Linear, 1024, 1)),
         "BSSN's ResNet discriminator: far larger than any cache, with layers of 7 KB to 38 MB",
-        compiled=True,
+        compiled=LONG,
     ),
     Workload(
         "Real-ESRGAN U-Net",
@@ -89,7 +92,7 @@ WORKLOADS = (
         "4 Linear 4096",
         (partial(nn.Linear, 4096, 4096),) * 4,
         "large matrices of a single view: bandwidth and nothing else",
-        compiled=True,
+        compiled=LONG,
     ),
     Workload(
         "64 small convs",

@@ -141,8 +141,8 @@ class SpectralNorm(nn.Module):
 
     def measure_untracked(self, weight: Tensor, view: str, iterations: int = 30) -> Tensor:
         """sigma of a view without stored vectors, iterated from a start that is always the same: a lower bound."""
-        oik, draw = self._oik(weight), torch.Generator().manual_seed(0)
-        start = [torch.randn(n, generator=draw).to(oik.device) for n in views.vector_sizes(oik, view)]
+        oik, draw = self._oik(weight), torch.Generator("cpu").manual_seed(0)
+        start = [torch.randn(n, generator=draw, device="cpu").to(oik.device) for n in views.vector_sizes(oik, view)]
         vectors: list[Vectors] = [{view: (start[0], start[1])}]
         with jobs.no_autocast(weight):
             return reference.sigmas([oik], reference.power_iteration([oik], vectors, iterations))[0][view]

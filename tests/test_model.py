@@ -188,3 +188,15 @@ def test_fold_keeps_frozen_weights_frozen_and_buffers_buffers():
     fastsn.fold(fastsn.spectral_norm(module, "kernel"))
     assert isinstance(module.kernel, Tensor)
     assert "kernel" in dict(module.named_buffers())
+
+
+def test_the_default_device_is_not_that_of_the_model():
+    nets = network(), network()
+    nets[1].load_state_dict(nets[0].state_dict())
+    expected = fastsn.sigmas(fastsn.warm_up(nets[0], 3))
+    with torch.device("meta"):  # as torch.set_default_device
+        found = fastsn.sigmas(fastsn.warm_up(nets[1], 3))
+        with fastsn.step(nets[1]):
+            pass
+        fastsn.fold(nets[1])
+    assert found == expected

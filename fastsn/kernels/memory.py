@@ -30,14 +30,14 @@ def capturing(device: torch.device) -> bool:
 
 def send(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """The numbers on the device, without waiting for it."""
-    host = torch.tensor(numbers, dtype=dtype)
+    host = torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever the default device is
     if device.type == "cpu":
         return host
     if device.type != "cuda":
         return host.to(device)
     if not capturing(device):
         if not _arena:
-            _arena.append(torch.empty(_ARENA, dtype=torch.int64, pin_memory=True))
+            _arena.append(torch.empty(_ARENA, dtype=torch.int64, device="cpu", pin_memory=True))
         return host.pin_memory().to(device, non_blocking=True)
     if not _arena or _arena[0].numel() < host.numel():
         raise RuntimeError("run the step once before it is captured into a CUDA graph: its tables are not there yet")
