@@ -22,7 +22,7 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
     Takes the arguments of ``{plain}`` and
         scale: the constant c, a float, a tensor of one element or a (learnable, shareable) Parameter{fixed}.
         n_power_iterations: power iterations per forward in training mode.
-        impl: "auto", "reference" or "cpp", see ``fastsn.backends``.
+        impl: "auto", "reference", "cpp" or "triton", see ``fastsn.backends``.
         eps: as torch's spectral_norm; without effect, because no vector is divided by less than its own norm.
         scale_bias: multiply the bias by c too (the gamma variants of the paper){needs_free}.
 

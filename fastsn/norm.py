@@ -41,8 +41,8 @@ class SpectralNorm(nn.Module):
         variant: "sn", "ssn", "bsn" or "bssn", see ``fastsn.variants``.
         scale: the constant c of "ssn" and "bssn": a float, a tensor of one element, or a Parameter, which is learnt
             and may be shared between norms.
-        impl: who computes: "auto" (the kernels of the weight's device, else the reference), "reference" or "cpp"; see
-            ``fastsn.backends``.
+        impl: who computes: "auto" (the kernels of the weight's device, else the reference), "reference", "cpp" or
+            "triton"; see ``fastsn.backends``.
         follows_autocast: return the weight in the autocast dtype while autocast is on. For weights of operations
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
 
