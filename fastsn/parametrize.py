@@ -43,8 +43,8 @@ def spectral_norm(
         dim: dimension of output channels; by default 1 for ConvTranspose1-3d and 0 for everything else.
         variant: "sn", "ssn", "bsn" or "bssn".
         scale: c, for "ssn" and "bssn": a float, a tensor of one element or a (learnable, shareable) Parameter.
-        impl: "auto", "reference", "cpp" or "triton", see ``fastsn.backends``. The reference has torch's bits on contiguous
-            float32 weights; the kernels sum in another order.
+        impl: "auto", "reference", "cpp" or "triton", see ``fastsn.backends``. The reference has torch's bits on
+            contiguous float32 weights; the kernels sum in another order.
 
     A grouped convolution is measured as torch does: by the weight tensor as it is stored, (O, I / groups, ...).
 
