@@ -13,7 +13,7 @@ from fastsn import ops
 from fastsn.backends import triton
 
 _KNOWN = 1024  # lists of arguments that are remembered
-_known: dict[Any, bool] = {}  # sound lists, and whether the kernels serve them
+_prepared: dict[Any, Callable[..., Any]] = {}  # what serves them
 
 
 class Kernel(NamedTuple):
@@ -52,34 +52,46 @@ def implementation(name: str, served: Callable[[torch.device], bool]) -> Callabl
         weights = arguments[kernel.weights_at]
         if not weights or not served(weights[0].device):
             return kernel.plain(*arguments)
-        key = (name, tuple([_signature(argument) for argument in arguments]))
-        own = _known.get(key)
-        if (
-            own is None
-        ):  # once known to be sound, arguments are not checked again; a kernel would read whatever is there
+        try:
+            key = (name, tuple([_signature(argument) for argument in arguments]))
+        except RuntimeError:  # no strides, or no storage
             kernel.check(*arguments)
-            at = len(arguments) if kernel.scales_at is None else kernel.scales_at
-            tensors = _tensors((*arguments[:at], *arguments[at + 1 :]))  # a scale is one number, and is brought over
-            for x in tensors:
-                if x.device != weights[0].device:
-                    place = f"{weights[0].device} as weights[0]"
-                    raise ValueError(f"all must be on {place}, got shape {list(x.shape)} on {x.device}")
-            wide = isinstance(arguments[-1], list | tuple) and ops.DTYPE_CODES[torch.float64] in arguments[-1]
-            own = not wide and all(x.dtype != torch.float64 for x in tensors)
-            if len(_known) >= _KNOWN:
-                _known.clear()
-            _known[key] = own
-        if not own:
-            return kernel.plain(*arguments)
-        return getattr(importlib.import_module("fastsn.kernels.launch"), name)(*arguments)
+            raise
+        ready = _prepared.get(key)
+        if ready is None:
+            ready = _prepare(name, arguments)
+            if len(_prepared) >= _KNOWN:
+                _prepared.clear()
+            _prepared[key] = ready
+        return ready(*arguments)
 
     return run
 
 
+def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """What serves arguments like these, once they are known to be sound: a kernel would read whatever is there."""
+    kernel = KERNELS[name]
+    kernel.check(*arguments)
+    device = arguments[kernel.weights_at][0].device
+    at = len(arguments) if kernel.scales_at is None else kernel.scales_at
+    tensors = _tensors((*arguments[:at], *arguments[at + 1 :]))  # a scale is one number, and is brought over
+    for x in tensors:
+        if x.device != device:
+            raise ValueError(f"all must be on {device} as weights[0], got shape {list(x.shape)} on {x.device}")
+    wide = isinstance(arguments[-1], list | tuple) and ops.DTYPE_CODES[torch.float64] in arguments[-1]
+    if wide or any(x.dtype == torch.float64 for x in tensors):
+        return kernel.plain
+    launch = importlib.import_module("fastsn.kernels.launch")
+    on_change = importlib.import_module("fastsn.kernels.settings").on_change
+    if _prepared.clear not in on_change:
+        on_change.append(_prepared.clear)
+    return launch.prepared(name, arguments)  # type: ignore[no-any-return]
+
+
 def _signature(argument: Any) -> Any:
-    """All that the checks look at."""
+    """All that it depends on how an op is run. Raises RuntimeError for a tensor without strides."""
     if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device, argument.layout
+        return argument.shape, argument.stride(), argument.dtype, argument.device, argument.data_ptr() & 15
     if isinstance(argument, list | tuple):
         return tuple([_signature(x) if isinstance(x, Tensor) else x for x in argument])
     return argument

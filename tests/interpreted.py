@@ -22,7 +22,7 @@ SMALL = settings.Settings(
 def kernels(own: settings.Settings = SMALL) -> Iterator[None]:
     """In the place of the C++ kernels, with these settings."""
     before = settings._known.get(torch.device("cpu"))
-    settings._known[torch.device("cpu")] = own
+    settings.use(own, torch.device("cpu"))
     library = torch.library.Library("fastsn", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that C++ is overridden
@@ -32,7 +32,7 @@ def kernels(own: settings.Settings = SMALL) -> Iterator[None]:
         yield
     finally:
         library._destroy()
-        settings._known[torch.device("cpu")] = before or settings.DEFAULT
+        settings.use(before or settings.DEFAULT, torch.device("cpu"))
 
 
 def _quiet(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ ORDER = ["__init__", "model", "sites", "parametrize", "layers", "norm", "serving
 ORDER += ["checks", "views", "variants", "reference"]
 # Imported when the first tensor of a GPU comes.
 KERNELS = ["launch", "rescale_calls", "iteration_calls", "plan", "memory", "settings", "rescale", "power_iteration"]
-KERNELS += ["arrangement", "__init__"]
+KERNELS += ["finish", "shared", "arrangement", "__init__"]
 LEAVES = {"views", "variants", "reference"}
 
 

@@ -5,50 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsn.kernels import memory
 from fastsn.kernels import power_iteration as kernels
-from fastsn.kernels.plan import TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
+from fastsn.kernels.arrangement import arranged
+from fastsn.kernels.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
+from fastsn.kernels.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, on, vector_places
 from fastsn.kernels.settings import REGISTERS, Settings, current
 
-_FUSED, _ACCUMULATE = kernels.FUSED.value, kernels.ACCUMULATE.value
-_LOCAL, _MEASURE = kernels.LOCAL.value, kernels.MEASURE.value
+_FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
 
 
-def power_iteration(
-    store: bool,
-    weights: Sequence[Tensor],
-    u: Sequence[Tensor],
-    v: Sequence[Tensor],
-    dims: Sequence[int],
-    views: Sequence[int],
-    n: int,
-) -> tuple[Tensor, Tensor]:
-    """(sigma, vectors) as the op gives them; with ``store``, u and v are written in place."""
-    if store and n and not torch.is_inference_mode_enabled():
-        for i, (left, right) in enumerate(zip(u, v, strict=True)):
-            if left.is_inference() or right.is_inference():
-                raise RuntimeError(f"u[{i}] or v[{i}] was made in inference mode and cannot be updated outside of it")
+def prepared(store: bool, weights: Sequence[Tensor], dims: Sequence[int], views: Sequence[int], n: int) -> Run:
+    """What gives (sigma, vectors), as the op does, for lists of tensors like these; with ``store``, u and v are written
+    in place."""
     placed = [described(w, dim) for w, dim in zip(weights, dims, strict=True)]
-    plan = _plan(
-        tuple(weight for _, weight in placed),
-        tuple(views),
-        weights[0].device,
-        n == 0,
-        current(weights[0].device),
-    )
-    own_u, own_v = [x.contiguous() for x in u], [x.contiguous() for x in v]
-    results = plan.run([w for w, _ in placed], own_u, own_v, n, store)
-    if store and n:
-        for given, own in zip((*u, *v), (*own_u, *own_v), strict=True):
+    device = weights[0].device
+    plan = _plan(tuple(weight for _, weight in placed), tuple(views), device, n == 0, current(device))
+    where_they_are = all(place is w for w, (place, _) in zip(weights, placed, strict=True))
+
+    def run(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+        stored = [*u, *v] if store and n else []
+        if stored and not torch.is_inference_mode_enabled():
+            for i, x in enumerate(stored):
+                if x.is_inference():
+                    name = f"u[{i % len(u)}] or v[{i % len(u)}]"
+                    raise RuntimeError(f"{name} was made in inference mode and cannot be updated outside of it")
+        if not where_they_are:
+            weights = [arranged(w, dim)[0] for w, dim in zip(weights, dims, strict=True)]
+        own_u, own_v = [x.contiguous() for x in u], [x.contiguous() for x in v]
+        results = plan.run(weights, own_u, own_v, n, store)
+        for given, own in zip(stored, (*own_u, *own_v), strict=False):
             if own is not given:
                 given.copy_(own)
-            elif not given.is_inference():
-                torch.autograd.graph.increment_version(given)
-    return results
+        if not torch.is_inference_mode_enabled():
+            torch.autograd.graph.increment_version(stored)
+        return results
+
+    return run
 
 
 class Plan:

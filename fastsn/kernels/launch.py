@@ -14,6 +14,7 @@ import triton.testing
 from torch import Tensor
 
 from fastsn.kernels import iteration_calls, rescale_calls, settings
+from fastsn.kernels.plan import Run
 from fastsn.kernels.settings import Settings
 
 # What is tried, one after the other, each from the best so far.
@@ -29,22 +30,26 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def power_iteration(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """sigma and the vectors."""
-    return iteration_calls.power_iteration(False, *arguments)
+# Of an op's arguments, what it is prepared for.
+_PREPARED: dict[str, Callable[..., Run]] = {
+    "power_iteration": lambda weights, _u, _v, *numbers: iteration_calls.prepared(False, weights, *numbers),
+    "power_iteration_": lambda weights, _u, _v, *numbers: iteration_calls.prepared(True, weights, *numbers),
+    "rescale": lambda weights, _scales, _sigma, _vectors, *numbers: rescale_calls.prepared_rescale(weights, *numbers),
+    "rescale_backward": lambda gradients, _g_sigma, bases, scales, _sigma, _vectors, *numbers: (
+        rescale_calls.prepared_rescale_backward(gradients, bases, scales, *numbers)
+    ),
+}
 
 
-def power_iteration_(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same, written back."""
-    return iteration_calls.power_iteration(True, *arguments)
+def prepared(name: str, arguments: tuple[Any, ...]) -> Run:
+    """What runs an op on all lists of tensors whose shapes, strides, dtypes, devices and alignment, and whose numbers,
+    are these."""
+    return _PREPARED[name](*arguments)
 
 
-rescale_backward = rescale_calls.rescale_backward
-
-
-def rescale(weights: Any, scales: Any, sigma: Tensor, _: Tensor, *numbers: Any) -> tuple[list[Tensor], Tensor]:
-    """W̄ and the mean sigma. The vectors are for the gradient alone."""
-    return rescale_calls.rescale(weights, scales, sigma, *numbers)
+def call(name: str, *arguments: Any) -> Any:
+    """The op, once."""
+    return prepared(name, arguments)(*arguments)
 
 
 def tune(weights: Sequence[Tensor] | None = None, measure: Callable[[Settings], float] | None = None) -> Settings:
@@ -95,12 +100,12 @@ def _step_of(weights: Sequence[Tensor], device: torch.device) -> Callable[[Setti
     gradients = [torch.randn_like(w) for w in weights]
 
     def step() -> None:
-        sigma, vectors = power_iteration_(weights, u, v, dims, views, 1)
-        outputs, mean = rescale(weights, [], sigma, vectors, dims, views, which, factors, dtypes)
-        rescale_backward(gradients, None, outputs, [], mean, vectors, dims, views, which, factors, dtypes)
+        sigma, vectors = call("power_iteration_", weights, u, v, dims, views, 1)
+        outputs, mean = call("rescale", weights, [], sigma, vectors, dims, views, which, factors, dtypes)
+        call("rescale_backward", gradients, None, outputs, [], mean, vectors, dims, views, which, factors, dtypes)
 
     def measure(tried: Settings) -> float:
-        settings._known[device] = tried
+        settings.use(tried, device)
         step()
         return float(triton.testing.do_bench(step, warmup=10, rep=50, return_mode="median"))
 

@@ -7,7 +7,7 @@ to the device once all are known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +22,9 @@ from fastsn.kernels.settings import vector_width
 
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # the numbers of the ops
+
+
+Run = Callable[..., Any]  # an op, called as the op is
 
 
 class Weight(NamedTuple):

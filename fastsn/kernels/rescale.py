@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsn.kernels.power_iteration import exponent_of, last_to_arrive, power_of_two, tile
+from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two, tile
 
 # Columns of the tables, one row of int64 per weight.
 WEIGHT = tl.constexpr(0)  # W; backward: W̄, or W where the scale is a tensor
@@ -198,7 +198,6 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
     VEC: tl.constexpr = KINDS[NUMBER][7]
     DTYPE: tl.constexpr = KINDS[NUMBER][8]
     OUT: tl.constexpr = KINDS[NUMBER][9]
-    BK: tl.constexpr = KP if EXACT else 0
     rows = tl.load(row + ROWS).to(tl.int32)
     b = tl.load(row + B).to(tl.int32)
     k = tl.load(row + K).to(tl.int32)
@@ -228,13 +227,8 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
             other=0.0,
         )
     for begin in range(0, b, BI):
-        i = begin + tl.arange(0, BI)
-        if EXACT:
-            inside = tl.broadcast_to((i < b)[:, None], (BI, KP))
-        else:
-            inside = (i < b)[:, None] & (kk < k)[None, :]
+        i, inside, at = tile(begin, b, k, BI, KP, EXACT, KB)
         mask = in_rows[:, None, None] & inside[None, :, :]
-        at = tile(i, kk, b, k, BK, KB)
         g = alpha * tl.load(from_rows[:, None, None] + at[None, :, :], mask=mask, other=0.0).to(tl.float32)
         if P:
             g += p[:, None, None] * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastsn.kernels import memory
 from fastsn.kernels import rescale as kernels
-from fastsn.kernels.arrangement import arrangement
-from fastsn.kernels.plan import DTYPES, TYPES, Kinds, Launch, Weight, by_size, described, on, vector_places
+from fastsn.kernels.arrangement import arranged, arrangement
+from fastsn.kernels.plan import DTYPES, TYPES, Kinds, Launch, Run, Weight, by_size, described, on, vector_places
 from fastsn.kernels.settings import Settings, current, vector_width
 
 _SETTLED = 1024  # chunks whose sums are added at a time
@@ -29,63 +29,85 @@ class Numbers(NamedTuple):
     dtypes: tuple[int, ...]
 
 
-def rescale(
+def prepared_rescale(
     weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    sigma: Tensor,
     dims: Sequence[int],
     views: Sequence[int],
     which: Sequence[int],
     factors: Sequence[float],
     dtypes: Sequence[int],
-) -> tuple[list[Tensor], Tensor]:
-    """([W̄], mean sigma) as the op gives them."""
+) -> Run:
+    """What gives ([W̄], mean sigma), as the op does, for lists of tensors like these."""
     placed = [described(w, dim, dense=True) for w, dim in zip(weights, dims, strict=True)]
     numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
     plan = _forward_plan(tuple(w for _, w in placed), numbers, weights[0].device, current(weights[0].device))
-    results, mean = plan.run([w for w, _ in placed], scales, sigma)
-    return _as_given(results, placed, weights, dims), mean
+    where_they_are = all(place is w for w, (place, _) in zip(weights, placed, strict=True))
+
+    def run(weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor, *_: Any) -> tuple[list[Tensor], Tensor]:
+        if where_they_are:
+            return plan.run(weights, scales, sigma)
+        places = [arranged(w, dim, dense=True)[0] for w, dim in zip(weights, dims, strict=True)]
+        results, mean = plan.run(places, scales, sigma)
+        return _as_given(results, places, weights, dims), mean
+
+    return run
 
 
-def rescale_backward(
+def prepared_rescale_backward(
     gradients: Sequence[Tensor],
-    grad_sigma: Tensor | None,
     bases: Sequence[Tensor],
     scales: Sequence[Tensor],
-    sigma: Tensor,
-    vectors: Tensor,
     dims: Sequence[int],
     views: Sequence[int],
     which: Sequence[int],
     factors: Sequence[float],
     dtypes: Sequence[int],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """([dW], [dscale]) as the op gives them."""
+) -> Run:
+    """What gives ([dW], [dscale]), as the op does, for lists of tensors like these."""
     placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
     beside = [_beside(*each) for each in zip(gradients, bases, placed, dims, strict=True)]
     numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
     described_all = tuple(w for _, w in placed), tuple(g for _, g in beside)
-    plan = _backward_plan(*described_all, numbers, len(scales), bases[0].device, current(bases[0].device))
-    results, d_scales = plan.run([w for w, _ in placed], [g for g, _ in beside], grad_sigma, scales, sigma, vectors)
-    own = [d.to(scale.device, scale.dtype) for d, scale in zip(d_scales, scales, strict=True)]
-    return _as_given(results, placed, bases, dims), own
+    device = bases[0].device
+    plan = _backward_plan(*described_all, numbers, len(scales), device, current(device))
+    found = zip((*bases, *gradients), (*placed, *beside), strict=True)
+    where_they_are = all(place is x for x, (place, _) in found)
+
+    def run(
+        gradients: Sequence[Tensor],
+        grad_sigma: Tensor | None,
+        bases: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        sigma: Tensor,
+        vectors: Tensor,
+        *_: Any,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        places, given = bases, gradients
+        if not where_they_are:
+            placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
+            places = [place for place, _ in placed]
+            given = [_beside(*each)[0] for each in zip(gradients, bases, placed, dims, strict=True)]
+        results, d_scales = plan.run(places, given, grad_sigma, scales, sigma, vectors)
+        own = [d.to(scale.device, scale.dtype) for d, scale in zip(d_scales, scales, strict=True)]
+        return results if where_they_are else _as_given(results, places, bases, dims), own
+
+    return run
 
 
-Placed = Sequence[tuple[Tensor, Weight]]
-
-
-def _as_given(results: list[Tensor], placed: Placed, given: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+def _as_given(
+    results: list[Tensor], places: Sequence[Tensor], given: Sequence[Tensor], dims: Sequence[int]
+) -> list[Tensor]:
     """Results of weights that had to be copied go back to the order of their dimensions."""
     return [
-        x if tensor is w else torch.empty_like(w, dtype=x.dtype).copy_(x.movedim(0, dim))
-        for x, (tensor, _), w, dim in zip(results, placed, given, dims, strict=True)
+        x if place is w else torch.empty_like(w, dtype=x.dtype).copy_(x.movedim(0, dim))
+        for x, place, w, dim in zip(results, places, given, dims, strict=True)
     ]
 
 
 def _beside(g: Tensor, base: Tensor, placed: tuple[Tensor, Weight], dim: int) -> tuple[Tensor, Weight]:
     """The gradient, or a copy of it, whose rows lie in the order of the base's."""
-    tensor, weight = placed
-    if tensor is not base:
+    place, weight = placed
+    if place is not base:
         return described(g.movedim(dim, 0).contiguous(), 0)
     found = arrangement(g.shape, g.stride(), dim)
     if found is None or found.order() != weight.arrangement.order():

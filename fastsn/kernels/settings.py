@@ -9,6 +9,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,6 +106,7 @@ REGISTERS = {
     "strided": 255,
 }
 _known: dict[torch.device, Settings] = {}
+on_change: list[Callable[[], None]] = []  # what has been prepared with other settings is forgotten
 
 
 def current(device: torch.device) -> Settings:
@@ -113,6 +115,13 @@ def current(device: torch.device) -> Settings:
     if found is None:
         found = _known[device] = (stored(device) if device.type == "cuda" else None) or DEFAULT
     return found
+
+
+def use(settings: Settings, device: torch.device) -> None:
+    """Put the settings in force for a device."""
+    _known[device] = settings
+    for forget in on_change:
+        forget()
 
 
 def stored(device: torch.device) -> Settings | None:
@@ -134,7 +143,7 @@ def store(settings: Settings, device: torch.device) -> Path:
     whole = path.with_suffix(f".{os.getpid()}.part")  # of several processes that tune, one wins, with a whole file
     whole.write_text(json.dumps(asdict(settings), indent=1) + "\n")
     whole.replace(path)
-    _known[device] = settings
+    use(settings, device)
     return path
 
 

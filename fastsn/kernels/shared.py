@@ -1,0 +1,50 @@
+"""What the kernels of power iteration and of rescaling share: powers of two, tiles of rows, who comes last."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2 ** exponent for a float that is whole; 0 below the range of normal numbers."""
+    clipped = tl.minimum(tl.maximum(exponent, -127.0), 127.0)
+    return ((clipped + 127.0).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_of(x):
+    """floor(log2 x) of a float32 that is not negative; -127 for 0 and what is not normal, 128 for inf and NaN."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.float32) - 127.0
+
+
+@triton.jit
+def tile(begin, b, k, BI: tl.constexpr, KP: tl.constexpr, EXACT: tl.constexpr, KB: tl.constexpr):
+    """Channels begin..begin+BI of rows, with all K positions: (b, k of every element, which are there, where they lie).
+
+    EXACT: K is KP, known when compiling, which makes wide loads possible.
+    """
+    i = begin + tl.arange(0, BI)
+    kk = tl.arange(0, KP)
+    if EXACT:
+        inside = tl.broadcast_to((i < b)[:, None], (BI, KP))
+    else:
+        inside = (i < b)[:, None] & (kk < k)[None, :]
+    if KB:
+        at = i[:, None] + kk[None, :] * b
+    elif EXACT:
+        at = i[:, None] * KP + kk[None, :]
+    else:
+        at = i[:, None] * k + kk[None, :]
+    return i, inside, at
+
+
+@triton.jit
+def last_to_arrive(counters, layer, count):
+    """Whether all others of the weight have come here; the counter is then 0 again for the next launch."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counters + layer, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        tl.store(counters + layer, 0)
+    return last
