@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from fastsn import ops
 from fastsn.backends import triton
 
 _KNOWN = 1024  # lists of arguments that are remembered
+_ELEMENTS, _POSITIONS = 1 << 31, 2048  # beyond which the reference serves
 _prepared: dict[Any, Callable[..., Any]] = {}  # what serves them
 
 
@@ -41,7 +43,7 @@ def register() -> None:
 
 
 def _served(device: torch.device) -> bool:
-    return triton(device.index).available
+    return device.type == "cuda" and triton(device.index).available
 
 
 def implementation(name: str, served: Callable[[torch.device], bool]) -> Callable[..., Any]:
@@ -57,15 +59,23 @@ def implementation(name: str, served: Callable[[torch.device], bool]) -> Callabl
         except RuntimeError:  # no strides, or no storage
             kernel.check(*arguments)
             raise
-        ready = _prepared.get(key)
-        if ready is None:
-            ready = _prepare(name, arguments)
-            if len(_prepared) >= _KNOWN:
-                _prepared.clear()
-            _prepared[key] = ready
-        return ready(*arguments)
+        with _on(weights[0].device):
+            ready = _prepared.get(key)
+            if ready is None:
+                ready = _prepare(name, arguments)
+                if len(_prepared) >= _KNOWN:
+                    _prepared.clear()
+                _prepared[key] = ready
+            return ready(*arguments)
 
     return run
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device."""
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        return torch.cuda.device(device)
+    return nullcontext()
 
 
 def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
@@ -79,13 +89,21 @@ def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         if x.device != device:
             raise ValueError(f"all must be on {device} as weights[0], got shape {list(x.shape)} on {x.device}")
     wide = isinstance(arguments[-1], list | tuple) and ops.DTYPE_CODES[torch.float64] in arguments[-1]
-    if wide or any(x.dtype == torch.float64 for x in tensors):
+    wide = wide or any(x.dtype == torch.float64 for x in tensors)
+    if wide or any(_too_large(w) for w in arguments[kernel.weights_at]):
         return kernel.plain
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a step must have run once, as it is, before it is captured into a CUDA graph")
     launch = importlib.import_module("fastsn.kernels.launch")
     on_change = importlib.import_module("fastsn.kernels.settings").on_change
     if _prepared.clear not in on_change:
         on_change.append(_prepared.clear)
     return launch.prepared(name, arguments)  # type: ignore[no-any-return]
+
+
+def _too_large(weight: Tensor) -> bool:
+    """Kernels count the elements of a row in 32 bits, and go through all positions of a kernel at once."""
+    return weight.numel() >= _ELEMENTS or weight.numel() // (weight.shape[0] * weight.shape[1]) > _POSITIONS
 
 
 def _signature(argument: Any) -> Any:

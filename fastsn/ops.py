@@ -285,15 +285,19 @@ def _backward(ctx: Any, gradients: list[Tensor | None], grad_sigma: Tensor | Non
     d_scales: list[Tensor | None] = [None] * len(scales)
     if used:
         given = [gradients[i] if gradients[i] is not None else torch.zeros_like(bases[i]) for i in used]
-        sizes = [_vector_size(b, *n) for b, *n in zip(bases, *ctx.numbers[:2], strict=True)]
-        parts = torch.split(vectors, sizes)
+        if len(used) < count:  # nothing here may make a GPU wait, as an index that comes from a list does
+            sizes = [_vector_size(b, *n) for b, *n in zip(bases, *ctx.numbers[:2], strict=True)]
+            parts = torch.split(vectors, sizes)
+            vectors = torch.cat([parts[i] for i in used])
+            sigma = torch.cat([sigma[i : i + 1] for i in used])
+            grad_sigma = None if grad_sigma is None else torch.cat([grad_sigma[i : i + 1] for i in used])
         found, d_scales = rescale_backward(
             given,
-            None if grad_sigma is None else grad_sigma[used],
+            grad_sigma,
             [bases[i] for i in used],
             scales,
-            sigma[used],
-            torch.cat([parts[i] for i in used]),
+            sigma,
+            vectors,
             *([numbers[i] for i in used] for numbers in ctx.numbers),
         )
         for i, dw in zip(used, found, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,15 @@ def off(ours: Tensor, exact: Tensor) -> float:
     return float((ours.detach().double() - exact).norm() / exact.norm())
 
 
+def assert_same(ours: Iterable[Tensor], theirs: Iterable[Tensor], exactly: bool) -> None:
+    """The same bits; within rounding where a GPU lays threads out in another way, which then add in another order."""
+    for x, y in zip(ours, theirs, strict=True):
+        if exactly or ON != "cuda":
+            assert torch.equal(x, y)
+        else:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 def views_of(weights: list[Tensor]) -> list[int]:
     return [3 if w.ndim > 2 and w[0, 0].numel() > 1 else 1 for w in weights]
 
@@ -91,14 +101,14 @@ def test_weights_and_gradients_of_the_shape_table_are_right(dtype, layout, scale
 
 
 @pytest.mark.parametrize("n", [0, 2])
-def test_ways_to_launch_an_iteration_give_the_same_bits(n):
+def test_ways_to_launch_an_iteration_give_the_same(n):
     weights, dims = table()
     c = call(weights, dims, views_of(weights))
     with launched_with(last_tiles=1 << 30):
-        together = c.iterate(n)
+        expected = c.iterate(n)
     for other in ({"last_tiles": 0}, {"together": True}, {"together": True, "last_tiles": 0}):
         with launched_with(**other):
-            assert all(map(torch.equal, c.iterate(n), together)), other
+            assert_same(c.iterate(n), expected, exactly="together" not in other)
 
 
 def test_a_weight_alone_and_among_others_has_the_same_bits():
@@ -129,15 +139,15 @@ def test_dtypes_mixed_in_one_call_are_those_of_calls_apart():
         assert torch.equal(alone.rescale(*alone.iterate())[0][0], ours)
 
 
-def test_weights_that_are_not_aligned_have_the_same_bits():
+def test_weights_that_are_not_aligned_give_the_same():
     aligned = [torch.randn(12, 8, 4, 4), torch.randn(16, 32)]
     shifted = [laid_out(w, "offset") for w in aligned]
     assert all(w.data_ptr() % 16 for w in shifted)
     c = call(aligned, [0, 0], [3, 1])
     other = replace(c, weights=shifted)
-    assert all(map(torch.equal, c.iterate(), other.iterate()))
+    assert_same(c.iterate(), other.iterate(), exactly=False)
     ours, theirs = (x.rescale(*x.iterate())[0] for x in (c, other))
-    assert all(map(torch.equal, ours, theirs))
+    assert_same(ours, theirs, exactly=False)
 
 
 def test_kernels_of_many_positions():
@@ -177,6 +187,44 @@ def test_where_every_product_is_zero_the_old_vector_moves_the_other():
     exact_sigma, exact = ops.reference_power_iteration(*c.exact().iteration(), 1)
     assert off(vectors, exact) <= 1e-6
     assert off(sigma, exact_sigma) <= 1e-6
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+def test_vectors_that_are_not_finite_heal(rows):
+    """v from a bad checkpoint: u stays, v follows M^T u, as in the reference."""
+    c = call([torch.randn(rows, 4, 3)], [0], 3)
+    for v in c.v:
+        v[0] = torch.nan
+    before = [u.clone() for u in c.u]
+    sigma, vectors = c.iterate(in_place=True)
+    assert all(map(torch.equal, before, c.u))
+    assert bool(vectors.isfinite().all())
+    assert bool((sigma > 0).all())
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-15, 1e15, 1e30, 2e37, 3e38])
+def test_vectors_stay_finite_at_any_size_and_right_while_the_norm_has_room(size):
+    weight = torch.randn(8, 8).clamp(-3, 3) / 3
+    small, large = call([weight], [0], 1), call([weight * size], [0], 1)
+    large.u, large.v = ([x.clone() for x in each] for each in (small.u, small.v))
+    sigma, vectors = large.iterate(in_place=True)
+    assert all(bool(x.isfinite().all()) for x in (*large.u, *large.v))
+    if 1e-37 < size < 1e37:
+        exact_sigma, exact = small.iterate()
+        torch.testing.assert_close(sigma / size, exact_sigma, rtol=1e-5, atol=0)
+        torch.testing.assert_close(vectors, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_with_more_positions_than_a_tile_are_served_by_the_reference():
+    c = call([torch.randn(2, 3, 50, 50)], [0], 3)
+    found, plain = c.iterate(), ops.reference_power_iteration(*c.iteration(), 1)
+    assert all(map(torch.equal, found, plain))
+
+
+def test_a_factor_that_a_float32_has_no_room_for():
+    c = call([torch.ones(2, 3)], [0], 1)
+    c.factors = [1e300]
+    assert bool(c.rescale(*c.iterate())[0][0].isinf().all())
 
 
 def test_counters_are_zero_again_after_every_launch():

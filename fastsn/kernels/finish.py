@@ -126,24 +126,22 @@ def finish(row, mode, gathered, flat, sigma, scratch, first, store, FINISH: tl.c
                 tl.debug_barrier()
             coefficients = state_of(row, 2 * view, flat, first)
             top = tl.where(mode == FUSED, top_exponent(exponents, blocks, BG), 0.0)
-            # Where p is nothing but zeros, the old vector has taken its place.
+            # Where p is nothing but zeros, or nowhere finite, the old unit vector has taken its place.
             nothing = top == NOTHING
             measured = mode == MEASURE
-            left = tl.where(nothing, coefficients.to(tl.int64), raw.to(tl.int64)).to(tl.pointer_type(tl.float32))
-            right = tl.where(nothing | measured, coefficients.to(tl.int64), raw.to(tl.int64))
-            product = _product(left, right.to(tl.pointer_type(tl.float32)), raw_n, BT)
+            right = tl.where(measured, coefficients.to(tl.int64), raw.to(tl.int64)).to(tl.pointer_type(tl.float32))
+            product = _product(raw, right, raw_n, BT)
             squares = _product(sums, sums, tl.where(accumulated, sums_n, 0), BT)
             nan = float("nan")
             norm = tl.sqrt(tl.abs(product))
             sums_norm = tl.sqrt(squares)
             # sigma is |M^T p| / |p|; |p| where only that is there; u^T M v where nothing is iterated.
-            used = tl.where(nothing, norm, norm * power_of_two(-top))
-            ratio = sums_norm / tl.where(used == 0.0, 1.0, used)
-            fused = tl.where(_sound(sums_norm), ratio, tl.where(sums_norm == 0.0, 0.0, nan))
+            used = tl.where(nothing, 1.0, norm * power_of_two(-top))
+            ratio = tl.where(_sound(sums_norm) & _sound(used), sums_norm / tl.where(used == 0.0, 1.0, used), nan)
+            fused = tl.where(sums_norm == 0.0, 0.0, ratio)
             local = tl.where(_sound(norm) | (norm == 0.0), norm, nan)
             value = tl.where(measured, product, tl.where(mode == LOCAL, local, fused))
             raw_norm = tl.where(((mode == FUSED) & (top != NOTHING)) | (mode == LOCAL), norm, nan)
-            tl.debug_barrier()  # the old vectors have been read by all before any is written
             _take(row, 2 * view, raw, raw_norm, raw_n, flat, first, store, BT)
             # The second half of a turned weight's iteration finds x where the first half has put it.
             x_first = tl.where(mode == LOCAL, 0, first)

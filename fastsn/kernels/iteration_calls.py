@@ -14,7 +14,7 @@ from fastsn.kernels import memory
 from fastsn.kernels import power_iteration as kernels
 from fastsn.kernels.arrangement import arranged
 from fastsn.kernels.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
-from fastsn.kernels.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, on, vector_places
+from fastsn.kernels.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
 from fastsn.kernels.settings import REGISTERS, Settings, current
 
 _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
@@ -79,7 +79,7 @@ class Plan:
             together = Launch([x for phase in self.phases for x in phase.work])
             self.together = together.sent(device)
             ends = accumulate(phase.programs for phase in self.phases)
-            self.ends = memory.send(list(ends), device, torch.int32)
+            self.ends = memory.Sent(list(ends), device, torch.int32)
 
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
@@ -141,18 +141,17 @@ class Plan:
         scratch = torch.empty(self.scratch, dtype=torch.float32, device=device)
         shared = (vectors, sigma, scratch, memory.counters(len(weights), device))
         keep = int(store and n > 0)
-        with on(device):
-            if self.settings.together:
-                self._launch_together(table, shared, max(n, 1), keep)
-                return sigma, vectors
-            for round_ in range(max(n, 1)):
-                for phase, work in zip(self.phases, self.sent, strict=True):
-                    arguments = (table, work, *shared, int(round_ == 0), keep)
-                    by_rows = phase.work[2] >= 0
-                    kernel = kernels.iterate if by_rows else kernels.reduce
-                    extra = {"KINDS": self.kinds} if by_rows else {}
-                    warps, finish = self.settings.warps, self.settings.finish
-                    kernel[(phase.programs,)](*arguments, **extra, FINISH=finish, num_warps=warps)
+        if self.settings.together:
+            self._launch_together(table, shared, max(n, 1), keep)
+            return sigma, vectors
+        for round_ in range(max(n, 1)):
+            for phase, work in zip(self.phases, self.sent, strict=True):
+                arguments = (table, work.here(), *shared, int(round_ == 0), keep)
+                by_rows = phase.work[2] >= 0
+                kernel = kernels.iterate if by_rows else kernels.reduce
+                extra = {"KINDS": self.kinds} if by_rows else {}
+                warps, finish = self.settings.warps, self.settings.finish
+                kernel[(phase.programs,)](*arguments, **extra, FINISH=finish, num_warps=warps)
         return sigma, vectors
 
     def _launch_together(self, table: Tensor, shared: tuple[Tensor, ...], rounds: int, keep: int) -> None:
@@ -163,8 +162,10 @@ class Plan:
         if device.type == "cuda":
             most = torch.cuda.get_device_properties(device).multi_processor_count
             options = {} if torch.version.hip else {"maxnreg": REGISTERS["iterate_together"]}
-        kernels.iterate_together[(min(programs, most),)](
-            table, self.together, self.ends, *shared, memory.barrier(min(programs, most), device), rounds, keep,
+        programs = min(programs, most)
+        barrier = memory.barrier(programs, device)
+        kernels.iterate_together[(programs,)](
+            table, self.together.here(), self.ends.here(), *shared, barrier, rounds, keep,
             PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, num_warps=settings.together_warps,
             launch_cooperative_grid=True, **options,
         )  # fmt: skip

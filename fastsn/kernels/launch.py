@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -68,18 +70,29 @@ def tune(weights: Sequence[Tensor] | None = None, measure: Callable[[Settings], 
         raise RuntimeError("tune measures on a GPU, and torch finds none")
     device = torch.device("cuda", torch.cuda.current_device())
     measure = measure or _step_of(weights if weights is not None else _discriminator(device), device)
-    best = settings.DEFAULT
-    fastest = measure(best)
-    for name, values in CANDIDATES.items():
-        for value in values:
-            tried = replace(best, **{name: value})
-            if tried == best:
-                continue
-            found = measure(tried)
-            if found < fastest:
-                best, fastest = tried, found
+    before = settings.current(device)
+    try:
+        best = settings.DEFAULT
+        fastest = measure(best)
+        for name, values in CANDIDATES.items():
+            for value in values:
+                tried = replace(best, **{name: value})
+                found = math.inf if tried == best else _measured(measure, tried)
+                if found < fastest:
+                    best, fastest = tried, found
+    finally:
+        settings.use(before, device)
     settings.store(best, device)
     return best
+
+
+def _measured(measure: Callable[[Settings], float], tried: Settings) -> float:
+    """Infinity where this GPU cannot: too many registers, too much shared memory."""
+    try:
+        return measure(tried)
+    except (RuntimeError, triton.TritonError) as error:
+        logging.getLogger("fastsn").info("%s cannot be launched here: %s", tried, error)
+        return math.inf
 
 
 def _discriminator(device: torch.device) -> list[Tensor]:

@@ -8,7 +8,6 @@ to the device once all are known.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,13 +47,6 @@ class Weight(NamedTuple):
         return self.arrangement.stride != self.arrangement.n
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device."""
-    if device.type == "cuda" and torch.cuda.current_device() != device.index:
-        return torch.cuda.device(device)
-    return nullcontext()
-
-
 def described(tensor: Tensor, dim: int, dense: bool = False) -> tuple[Tensor, Weight]:
     """The tensor, or a copy whose rows can be read, and how. ``dense``: results of its kind can be written, too."""
     place, found = arranged(tensor, dim, dense)
@@ -84,9 +76,9 @@ class Launch:
         self.work.extend(item)
         self.programs += 1
 
-    def sent(self, device: torch.device) -> Tensor:
+    def sent(self, device: torch.device) -> memory.Sent:
         """The work list on the device."""
-        return memory.send(self.work, device, torch.int32)
+        return memory.Sent(self.work, device, torch.int32)
 
 
 def by_size(weights: Sequence[Weight]) -> list[int]:

@@ -6,7 +6,7 @@ from the same block while it is near. Sums over blocks are written apart and add
 program that arrives last, or, where those are many, by a second launch: no float atomics, so the same bits every time.
 
 p and q are not divided by their norms before the end. Each block brings its own near 1 by a power of two, so that
-weights of any size come out exact; where they are all zero, it takes the old vector instead, so that v still moves.
+weights of any normal size come out exact; where they are all zero, it takes the old vector instead, so that v moves.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two, til
 
 
 @triton.jit
-def _scaled(raw, old, peak, exponents, block):
-    """Coefficients of the accumulating half: near 1 by a power of two that is noted; the old ones where all are 0."""
+def _scaled(raw, old, peak, bad, exponents, block):
+    """Coefficients of the accumulating half: near 1 by a power of two that is noted. The old ones where all are 0, or
+    one is ``bad``, that is not finite: then the block counts only if no other has anything better."""
     exponent = exponent_of(peak)
-    nothing = peak == 0.0
+    nothing = (peak == 0.0) | (bad > 0)
     tl.store(exponents + block, tl.where(nothing, NOTHING, exponent))
     return tl.where(nothing, old, raw * power_of_two(-exponent))
 
@@ -114,15 +115,19 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
         if P:
             p_old = tl.load(state_of(row, 0, flat, first) + o, mask=in_rows, other=0.0)
             if MODE == FUSED:
-                p = _scaled(p, p_old, tl.max(tl.where(in_rows, tl.abs(p), 0.0), axis=0), p_exponents, block)
+                size = tl.where(in_rows, tl.abs(p), 0.0)
+                bad = tl.max(tl.where(size < float("inf"), 0, 1), axis=0)
+                p = _scaled(p, p_old, tl.max(size, axis=0), bad, p_exponents, block)
             else:
                 p = p_old
                 tl.store(p_exponents + block, 0.0)
         if Q:
             q_old = tl.load(state_of(row, 2, flat, first) + o[:, None] * k + kk[None, :], mask=in_q, other=0.0)
             if MODE == FUSED:
-                peak = tl.max(tl.max(tl.where(in_q, tl.abs(q), 0.0), axis=1), axis=0)
-                q = _scaled(q, q_old, peak, q_exponents, block)
+                sizes = tl.where(in_q, tl.abs(q), 0.0)
+                bad = tl.max(tl.max(tl.where(sizes < float("inf"), 0, 1), axis=1), axis=0)
+                peak = tl.max(tl.max(sizes, axis=1), axis=0)
+                q = _scaled(q, q_old, peak, bad, q_exponents, block)
             else:
                 q = q_old
                 tl.store(q_exponents + block, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastsn.kernels import memory
 from fastsn.kernels import rescale as kernels
 from fastsn.kernels.arrangement import arranged, arrangement
-from fastsn.kernels.plan import DTYPES, TYPES, Kinds, Launch, Run, Weight, by_size, described, on, vector_places
+from fastsn.kernels.plan import DTYPES, TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
 from fastsn.kernels.settings import Settings, current, vector_width
 
 _SETTLED = 1024  # chunks whose sums are added at a time
@@ -116,8 +117,9 @@ def _beside(g: Tensor, base: Tensor, placed: tuple[Tensor, Weight], dim: int) ->
 
 
 def _bits(x: float) -> int:
-    """Of a float32."""
-    return int(struct.unpack("<i", struct.pack("<f", x))[0])
+    """Of a float32; of infinity where that has no room for the number."""
+    largest = torch.finfo(torch.float32).max
+    return int(struct.unpack("<i", struct.pack("<f", x if abs(x) <= largest else math.copysign(math.inf, x)))[0])
 
 
 class _Plan:
@@ -182,11 +184,10 @@ class _Forward(_Plan):
         addresses = tuple([x.data_ptr() for x in (*weights, *results, *scales)])
         table = self.tables.get(addresses, lambda: self.rows(weights, results, scales), device)
         mean = torch.empty(len(weights), dtype=torch.float32, device=device)
-        with on(device):
-            kernels.rescale[(self.programs,)](
-                table, self.work, sigma.contiguous(), mean,
-                KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, num_warps=settings.warps,
-            )  # fmt: skip
+        kernels.rescale[(self.programs,)](
+            table, self.work.here(), sigma.contiguous(), mean,
+            KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, num_warps=settings.warps,
+        )  # fmt: skip
         return results, mean
 
 
@@ -281,16 +282,15 @@ class _Backward(_Plan):
         dots, coefficients = numbers[: self.total_chunks], numbers[self.total_chunks :]
         sigma, vectors = sigma.contiguous(), vectors.contiguous()
         given = sigma if grad_sigma is None else grad_sigma.contiguous()
-        with on(device):
-            kernels.inner_products[(many_products,)](
-                table, products, sigma, given, int(grad_sigma is not None), dots, coefficients,
-                memory.counters(len(bases), device),
-                KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, num_warps=settings.warps,
-            )  # fmt: skip
-            kernels.gradient[(many_blocks,)](
-                table, blocks, coefficients, vectors, len(bases), self.scales,
-                KINDS=block_kinds, BL=_SCALED, num_warps=settings.warps,
-            )  # fmt: skip
+        kernels.inner_products[(many_products,)](
+            table, products.here(), sigma, given, int(grad_sigma is not None), dots, coefficients,
+            memory.counters(len(bases), device),
+            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, num_warps=settings.warps,
+        )  # fmt: skip
+        kernels.gradient[(many_blocks,)](
+            table, blocks.here(), coefficients, vectors, len(bases), self.scales,
+            KINDS=block_kinds, BL=_SCALED, num_warps=settings.warps,
+        )  # fmt: skip
         return results, d_scales
 
 

@@ -15,8 +15,9 @@ def power_of_two(exponent):
 
 @triton.jit
 def exponent_of(x):
-    """floor(log2 x) of a float32 that is not negative; -127 for 0 and what is not normal, 128 for inf and NaN."""
-    return ((x.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.float32) - 127.0
+    """floor(log2 x) of a float32 that is not negative; -127 for 0 and what is not normal. At most 126, also for inf and
+    NaN, so that its negative is the exponent of a normal number."""
+    return tl.minimum(((x.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.float32) - 127.0, 126.0)
 
 
 @triton.jit
