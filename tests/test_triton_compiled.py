@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from fastsn.kernels.settings import REGISTERS
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
-pytestmark = pytest.mark.skipif(ON == "interpreter", reason="compiled already by the tests on the CPU")
+pytestmark = pytest.mark.skipif(ON != "", reason="compiled already by the tests on the CPU")
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +56,14 @@ def test_loads_are_of_16_bytes_where_the_weight_is_aligned_and_only_there(needs,
             assert found["wide"] >= 1, name
         if name.endswith("narrow"):
             assert found["wide"] == 0, name
+
+
+def test_whole_lists_compile_as_the_jit_specialises_them():
+    script = Path(__file__).parent / "specialised.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = result.stdout.split("\n")[:-1]
+    names = {"iterate", "reduce", "iterate_together", "rescale", "inner_products", "gradient"}
+    assert {line.split()[0] for line in found} == names
+    assert all(line.endswith(" True") for line in found)
