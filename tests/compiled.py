@@ -104,6 +104,8 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*"}
     signature |= dict.fromkeys(constants, "constexpr")
     options: dict[str, Any] = {"num_warps": DEFAULT.warps}
+    if kernel is power_iteration.iterate and target.backend == "cuda":
+        options |= {"maxnreg": DEFAULT.registers}
     if "PHASES" in constants:
         options = {"num_warps": DEFAULT.together_warps, "launch_cooperative_grid": True}
         options |= {"maxnreg": REGISTERS["iterate_together"]} if target.backend == "cuda" else {}

@@ -55,7 +55,7 @@ def test_a_file_that_cannot_be_used_is_said_to_be_and_left_out(gpu, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("rows", 0), ("tile", 100), ("warps", 2.0), ("last_tiles", -1), ("step", 3)]
+    ("name", "value"), [("rows", 0), ("tile", 100), ("warps", 2.0), ("last_tiles", -1), ("registers", 256), ("step", 3)]
 )
 def test_settings_that_no_kernel_can_have(name, value):
     with pytest.raises(ValueError, match=name):

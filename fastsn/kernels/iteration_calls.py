@@ -149,7 +149,7 @@ class Plan:
                 arguments = (table, work.here(), *shared, int(round_ == 0), keep)
                 by_rows = phase.work[2] >= 0
                 kernel = kernels.iterate if by_rows else kernels.reduce
-                extra = {"KINDS": self.kinds} if by_rows else {}
+                extra = {"KINDS": self.kinds, **self._at_most(self.settings.registers)} if by_rows else {}
                 warps, finish = self.settings.warps, self.settings.finish
                 kernel[(phase.programs,)](*arguments, **extra, FINISH=finish, num_warps=warps)
         return sigma, vectors
@@ -158,17 +158,20 @@ class Plan:
         """One program per multiprocessor at most, so that all of them run at once and can wait for each other."""
         device, settings = self.device, self.settings
         programs = max(phase.programs for phase in self.phases)
-        most, options = 1, {}
         if device.type == "cuda":
-            most = torch.cuda.get_device_properties(device).multi_processor_count
-            options = {} if torch.version.hip else {"maxnreg": REGISTERS["iterate_together"]}
-        programs = min(programs, most)
+            programs = min(programs, torch.cuda.get_device_properties(device).multi_processor_count)
+        else:
+            programs = 1  # the interpreter runs one program after the other: a second would be waited for in vain
         barrier = memory.barrier(programs, device)
         kernels.iterate_together[(programs,)](
             table, self.together.here(), self.ends.here(), *shared, barrier, rounds, keep,
             PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, num_warps=settings.together_warps,
-            launch_cooperative_grid=True, **options,
+            launch_cooperative_grid=True, **self._at_most(REGISTERS["iterate_together"]),
         )  # fmt: skip
+
+    def _at_most(self, registers: int) -> dict[str, int]:
+        """An option that only compilers for NVIDIA's GPUs have."""
+        return {"maxnreg": registers} if self.device.type == "cuda" and not torch.version.hip else {}
 
 
 _plan = lru_cache(maxsize=256)(Plan)

@@ -24,6 +24,7 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "rows": (4, 8, 16, 32),
     "tile": (1024, 2048, 4096),
     "warps": (2, 4, 8),
+    "registers": (128, 255),
     "last_tiles": (0, 16, 64, 1 << 30),
     "group": (8, 16),
     "columns": (128, 256),

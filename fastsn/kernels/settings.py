@@ -55,6 +55,8 @@ class Settings:
     chunk: int = 8192
     step: int = 2048
     warps: int = 4
+    # Registers per thread that an iteration may have: without a bound, ptxas sometimes takes 96 and spills.
+    registers: int = 128
     # All phases of an iteration in one cooperative launch, with barriers of the whole grid between them, instead of one
     # launch for each. Off until a measurement says for which sizes it wins.
     together: bool = False
@@ -64,8 +66,12 @@ class Settings:
         for name, value in asdict(self).items():
             if type(value) is not type(getattr(type(self), name)):
                 raise ValueError(f"{name} must be of type {type(getattr(type(self), name)).__name__}, got {value!r}")
-            if name not in ("together", "last_tiles", "many_blocks") and (value < 1 or value != power_of_two(value)):
+            if name not in ("together", "last_tiles", "many_blocks", "registers") and (
+                value < 1 or value != power_of_two(value)
+            ):
                 raise ValueError(f"{name} must be a power of two, got {value}")
+        if not 32 <= self.registers <= 255:
+            raise ValueError(f"registers must be from 32 to 255, got {self.registers}")
         for name in ("last_tiles", "many_blocks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
