@@ -64,7 +64,7 @@ def views_of(weights: list[Tensor]) -> list[int]:
     return [3 if w.ndim > 2 and w[0, 0].numel() > 1 else 1 for w in weights]
 
 
-@pytest.mark.parametrize(("dtype", "layout"), TABLES)
+@pytest.mark.parametrize(("dtype", "layout"), TABLES, ids=str)
 def test_vectors_and_sigmas_of_the_shape_table_are_right_to_a_millionth(dtype, layout):
     weights, dims = table(dtype, layout)
     c = call(weights, dims, views_of(weights))
@@ -77,7 +77,7 @@ def test_vectors_and_sigmas_of_the_shape_table_are_right_to_a_millionth(dtype, l
 
 
 @pytest.mark.parametrize("scale", ["float", "tensor"])
-@pytest.mark.parametrize(("dtype", "layout"), TABLES)
+@pytest.mark.parametrize(("dtype", "layout"), TABLES, ids=str)
 def test_weights_and_gradients_of_the_shape_table_are_right(dtype, layout, scale):
     weights, dims = table(dtype, layout)
     c = call(weights, dims, views_of(weights), scale)

@@ -63,7 +63,7 @@ def tune(weights: Sequence[Tensor] | None = None, measure: Callable[[Settings], 
     Args:
         weights: the weights of a network, on the GPU; default: the CNN discriminator of CIFAR10, both views.
         measure: milliseconds of a step with given settings; default: iteration, rescaling and gradient of ``weights``,
-            median of device time with the caches flushed.
+            as a CUDA graph, median with the caches flushed.
 
     Raises RuntimeError without a GPU that the kernels serve.
     """
@@ -121,6 +121,9 @@ def _step_of(weights: Sequence[Tensor], device: torch.device) -> Callable[[Setti
     def measure(tried: Settings) -> float:
         settings.use(tried, device)
         step()
-        return float(triton.testing.do_bench(step, warmup=10, rep=50, return_mode="median"))
+        graph = torch.cuda.CUDAGraph()  # without it, what Python costs would hide what the GPU does
+        with torch.cuda.graph(graph):
+            step()
+        return float(triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median"))
 
     return measure
