@@ -36,9 +36,10 @@ from fastsn.layers import (
     SSNEmbedding,
     SSNLinear,
 )
-from fastsn.model import Sigmas, fold, sigmas, step, warm_up
+from fastsn.model import Sigmas, fold, sigmas, warm_up
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import spectral_norm
+from fastsn.scopes import fuse, step
 from fastsn.variants import VARIANTS
 
 __version__ = "0.1.0"
@@ -84,6 +85,7 @@ __all__ = [
     "VARIANTS",
     "backends",
     "fold",
+    "fuse",
     "sigmas",
     "spectral_norm",
     "step",

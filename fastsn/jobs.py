@@ -25,29 +25,36 @@ class Job(NamedTuple):
     impl: str = "auto"
 
 
-class Normalised(NamedTuple):
-    """W̄, and the vectors that it was made with: private copies, which the next forward does not overwrite."""
+class Fixed(NamedTuple):
+    """The vectors that a weight was normalised with: private copies, which the next forward does not overwrite."""
 
-    weight: Tensor
     made_with: Vectors | _Batch
     position: int = 0
 
     def vectors(self) -> Vectors:
-        """The vectors by view. Kernels give those of a whole call end to end, and they are rarely asked for."""
+        """By view. Kernels give those of a whole call end to end, and they are rarely asked for."""
         if not isinstance(self.made_with, _Batch):
             return self.made_with
-        batch, flat = self.made_with
-        sizes = [x.numel() for job in batch[: self.position + 1] for pair in job.vectors.values() for x in pair]
-        own = batch[self.position].vectors
+        stored, flat = self.made_with
+        sizes = [x.numel() for each in stored[: self.position + 1] for pair in each.values() for x in pair]
+        own = stored[self.position]
         parts = torch.split(flat[: sum(sizes)], sizes)[-2 * len(own) :]
         return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(own)}
 
 
 class _Batch(NamedTuple):
-    """The jobs of a call and the vectors of all of them."""
+    """The stored vectors of all jobs of a call, for their sizes, and what they were in the call, end to end. Of the
+    jobs themselves nothing: vectors outlive the graphs that weights may have."""
 
-    jobs: Sequence[Job]
-    vectors: Tensor
+    stored: list[Vectors]
+    flat: Tensor
+
+
+class Normalised(NamedTuple):
+    """W̄, and what it was made with."""
+
+    weight: Tensor
+    fixed: Fixed
 
 
 def requires_grad(weight: Tensor, scale: float | Tensor) -> bool:
@@ -108,9 +115,9 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
             factors.append(job.scale)
     dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
     outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
-    batch = _Batch(jobs, vectors)
+    batch = _Batch([job.vectors for job in jobs], vectors)
     own = [w if requires_grad(job.weight, job.scale) else w.detach() for w, job in zip(outputs, jobs, strict=True)]
-    return [Normalised(w, batch, i) for i, w in enumerate(own)]
+    return [Normalised(w, Fixed(batch, i)) for i, w in enumerate(own)]
 
 
 def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
@@ -119,7 +126,7 @@ def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]
     with no_autocast(weights[0]):
         sigmas = reference.sigmas([views.as_oik(job.weight, job.dim) for job in jobs], vectors)
         outputs = reference.rescale(weights, sigmas, [job.scale for job in jobs], [job.dtype for job in jobs])
-    return [Normalised(*pair) for pair in zip(outputs, vectors, strict=True)]
+    return [Normalised(w, Fixed(made_with)) for w, made_with in zip(outputs, vectors, strict=True)]
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
-"""Whole networks at once: what a training loop, an inspector or an exporter does with all normalised weights."""
+"""Whole networks outside of training: what an inspector or an exporter does with all normalised weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fastsn import checks, jobs, reference, views
+from fastsn import checks, reference, scopes, views
 from fastsn.layers import Normalised
 from fastsn.norm import WARM_UP_ITERATIONS
-from fastsn.sites import Site, evaluated, sites
+from fastsn.sites import Site, evaluated, weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,7 +38,7 @@ def sigmas(model: nn.Module) -> dict[str, Sigmas]:
 
     Waits for the device once for all layers. Raises ValueError for weights on the meta device.
     """
-    found = _weights(model)
+    found = weights(model)
     measured = [_measure(site, weight) for site, weight in found]
     rows = torch.stack([m.to(measured[0].device) for m in measured]).tolist() if measured else []
     return {site.name: Sigmas(*row) for (site, _), row in zip(found, rows, strict=True)}
@@ -61,21 +59,6 @@ def _measure(site: Site, weight: Tensor) -> Tensor:
     return torch.stack([torch.real(x) for x in (reference.mean_sigma(tracked), tracked["out"], last)])
 
 
-def _weights(model: nn.Module, vectors_too: bool = True) -> list[tuple[Site, Tensor]]:
-    """All sites with their weights, once all of them (and all vectors) are known to have values: else nothing moves."""
-    found = []
-    for site in sites(model):
-        weight = site.weight()
-        if weight.is_meta:
-            raise ValueError(
-                f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first"
-            )
-        if vectors_too and any(x is not None and x.is_meta for x in site.norm._buffers.values()):
-            raise ValueError(f"u and v of {site.name!r} must have values, got meta tensors: call fastsn.warm_up first")
-        found.append((site, weight))
-    return found
-
-
 @torch.no_grad()
 def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
     """Bring u and v of every layer to its weight by ``iterations`` power iterations, stored, in any mode.
@@ -91,49 +74,9 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
         ValueError: ``iterations`` < 1, or a weight on the meta device.
     """
     checks.count(iterations, "iterations")
-    for site, _ in _weights(model, vectors_too=False):
+    for site, _ in weights(model, vectors_too=False):
         site.norm.warm_up(site.weight(), iterations)  # asked again: norms on one tensor follow one another
     return model
-
-
-@contextmanager
-def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
-    """Normalise every weight once for the whole block; each use in it is served the same W̄.
-
-    ::
-
-        with fastsn.step(D):                       # one power iteration per layer
-            loss = hinge(D(real), D(fake)) + penalty(D)
-        loss.backward()
-        with fastsn.step(D, advance=False):        # the generator's step: D's vectors stay as they are
-            loss = -D(G(z)).mean()
-
-    In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
-    them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
-    anew with the block's vectors (a change through ``.data`` is not seen). All uses share one graph, so call
-    ``backward`` once (or keep the graph). With activation checkpointing, enter autocast before the step and call
-    ``backward`` inside the block: W̄ must not be made in a region that is recomputed. A step belongs to one thread.
-
-    Raises:
-        ValueError: a weight on the meta device. No vector has moved.
-    """
-    groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor]]] = {}
-    for site, weight in _weights(model):
-        norm = site.norm
-        if norm.views:  # a 1-D weight has no vectors to share
-            groups.setdefault((site.depth, norm.rounds(), advance and norm.training), []).append((site, weight))
-    releases = []
-    try:
-        for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
-            # W̄ is made here, in one call, not at the first use, which may be inside a checkpointed region. What lies
-            # behind other norms is asked for again, now that those hold.
-            todo = [site.norm.job(site.weight() if depth else weight) for site, weight in found]
-            made = jobs.normalize(todo, rounds, store)
-            releases += [site.norm.hold(w, job) for (site, _), w, job in zip(found, made, todo, strict=True)]
-        yield
-    finally:
-        for release in reversed(releases):
-            release()
 
 
 @torch.no_grad()
@@ -150,7 +93,7 @@ def fold(model: Module) -> Module:
         TypeError: a user's subclass of a fastsn layer, which has no plain counterpart. The model is unchanged.
         ValueError: a weight on the meta device. The model is unchanged.
     """
-    found = [site for site, _ in _weights(model)]
+    found = [site for site, _ in weights(model)]
     for site in found:
         if isinstance(site.owner, Normalised) and "variant" not in type(site.owner).__dict__:
             raise TypeError(f"model has {type(site.owner).__name__} at {site.name!r}, a subclass that cannot be folded")
@@ -159,6 +102,7 @@ def fold(model: Module) -> Module:
             _fold_layer(owner)
         else:
             _fold_parametrization(owner, tensor)
+    scopes.separate(model)
     return model
 
 

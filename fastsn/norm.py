@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import checks, jobs, reference, variants, views
+from fastsn import checks, jobs, reference, serving, variants, views
 from fastsn.backends import available
 from fastsn.jobs import Job, Normalised
 from fastsn.reference import Sigmas, Vectors
-from fastsn.serving import Hold
+from fastsn.serving import Hold, Holds
 
 WARM_UP_ITERATIONS = 15  # what torch spends at construction
 
@@ -56,7 +56,7 @@ class SpectralNorm(nn.Module):
     """
 
     scale: float | Tensor
-    _holds: list[Hold]
+    holds: Holds
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class SpectralNorm(nn.Module):
             self.scale = scale
         self.follows_autocast = follows_autocast
         self.views: tuple[str, ...] = ()
-        self._holds = []
+        self.holds = Holds()
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik = views.as_oik(weight.detach(), self.dim)
@@ -105,9 +105,13 @@ class SpectralNorm(nn.Module):
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
         checks.weight(weight, "weight")
-        if self._holds:
-            return self._holds[-1].serve(weight, self.scale, self._out_dtype(weight))
-        return jobs.normalize([self.job(weight)], self.rounds(), self.training)[0].weight
+        hold = self.holds.in_force()
+        if hold is not None:
+            return hold.serve(weight, self.scale, self._out_dtype(weight))
+        job, begin = self.job(weight), serving.nodes()
+        normalised = jobs.normalize([job], self.rounds(), self.training)[0]
+        self.holds.remember(normalised.fixed, job, begin)
+        return normalised.weight
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """scale * tensor, in the tensor's dtype."""
@@ -154,7 +158,7 @@ class SpectralNorm(nn.Module):
 
     def peek(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
-        return self(weight) if self._holds else self.evaluate(weight)
+        return self(weight) if self.holds.in_force() is not None else self.evaluate(weight)
 
     @torch.no_grad()
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS) -> None:
@@ -169,12 +173,13 @@ class SpectralNorm(nn.Module):
         if weight.ndim > 1:
             self.advance(weight, iterations)
 
-    def hold(self, normalised: Normalised, job: Job) -> Callable[[], None]:
-        """Serve every later call from these vectors without iterating, until the returned function is called: this W̄
-        while it is right, one made anew where it is not. The newest hold counts; holds may end in any order."""
-        hold = Hold(normalised, job)
-        self._holds.append(hold)
-        return lambda: self._holds.remove(hold)
+    def hold(self, normalised: Normalised, job: Job, begin: int) -> Callable[[], None]:
+        """Serve every later use from these vectors without iterating, until the returned function is called: this W̄
+        while it is right, one made anew where it is not. The newest hold counts; holds may end in any order.
+        ``begin``: ``serving.nodes()`` before it was made."""
+        hold = Hold(normalised.fixed, job, begin, normalised.weight)
+        self.holds.open(hold)
+        return lambda: self.holds.close(hold)
 
     def _oik(self, weight: Tensor) -> Tensor:
         return views.as_oik(weight, self.dim)
@@ -203,7 +208,12 @@ class SpectralNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.
-        return {**self.__dict__, "_holds": []}
+        return {**self.__dict__, "holds": Holds()}
+
+    def _replicate_for_data_parallel(self) -> SpectralNorm:
+        replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.holds = self.holds.of_everyone()
+        return replica
 
     def extra_repr(self) -> str:
         """The variant, the scale, and what else differs from the defaults."""

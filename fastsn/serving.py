@@ -1,14 +1,23 @@
-"""What a step serves: one normalised weight for all its uses, made anew only when the old one would be wrong."""
+"""What fixed vectors serve: one normalised weight for all uses in a step, and the same one again when backward runs a
+checkpointed region once more."""
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsn import jobs
-from fastsn.jobs import Job, Normalised
+from fastsn.jobs import Fixed, Job
+from fastsn.reference import Vectors
+
+REMEMBERED = 16  # holds that have ended, for the backward of their forward
 
 
 class _Served(NamedTuple):
@@ -19,19 +28,39 @@ class _Served(NamedTuple):
 
 
 class Hold:
-    """The vectors fixed at a step's start, and the weights made of them so far, by dtype."""
+    """The vectors fixed for a while, and the weights made of them so far, by dtype.
 
-    def __init__(self, normalised: Normalised, job: Job) -> None:
-        self._normalised, self._job = normalised, job
+    ``begin`` and ``end`` count the nodes of the autograd graph that this thread had made by then: they tell which hold
+    a node's forward belonged to. ``end`` is None while it lasts. A single use fixes vectors too, for the backward of
+    its forward: without ``made``, its W̄, the hold is over as it begins.
+    """
+
+    def __init__(self, fixed: Fixed, job: Job, begin: int, made: Tensor | None = None) -> None:
+        self.begin = begin
+        self.end = begin if made is None else None
+        self._fixed, self._dim, self._impl = fixed, job.dim, job.impl
+        self._hidden = made is not None
+        self._traced = torch.compiler.is_compiling()
         self._made: dict[torch.dtype, _Served] = {}
-        # Under the compiler every use makes its own: a graph cannot ask whether a weight has changed.
-        if not torch.compiler.is_compiling():
-            self._keep(job.weight, job.scale, job.dtype, normalised.weight)
+        if made is not None:
+            self._keep(job.weight, job.scale, job.dtype, made)
+
+    def close(self) -> None:
+        """Keeps the vectors alone: what has been made of them carries graphs."""
+        self.end = nodes()
+        self._made.clear()
+
+    def vectors(self) -> Vectors:
+        """Those that are fixed."""
+        return self._fixed.vectors()
 
     def serve(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
         that is wanted is not the one that was made; then one made anew with the vectors of the hold."""
-        if torch.compiler.is_compiling():
+        # A graph cannot ask whether a weight has changed since the hold was opened, unless that happened in the graph. A
+        # reentrant region has a backward of its own, through its own W̄.
+        foreign = torch.compiler.is_compiling() and not self._traced
+        if foreign or self.end is not None or (run_again() and not _hooks()):
             return self._make(weight, scale, dtype)
         served = self._made.get(dtype)
         if (
@@ -40,20 +69,119 @@ class Hold:
             and (served.scale is scale or (not isinstance(scale, Tensor) and served.scale == scale))
             and served.versions == (_version(weight), _version(scale))
             and (not torch.is_grad_enabled() or jobs.requires_grad(weight, scale) == served.value.requires_grad)
-            and (not served.value.is_inference() or torch.is_inference_mode_enabled())
+            and (self._traced or not served.value.is_inference() or torch.is_inference_mode_enabled())
         ):
             return served.value
         return self._keep(weight, scale, dtype, self._make(weight, scale, dtype))
 
     def _make(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-        vectors = self._normalised.vectors()
-        job = self._job._replace(weight=weight, scale=scale, dtype=dtype, vectors=vectors)
-        return jobs.normalize([job], 0, False)[0].weight
+        job = Job(weight, self._dim, self.vectors(), scale, dtype, self._impl)
+        with hidden_from_checkpoints() if self._hidden else nullcontext():
+            return jobs.normalize([job], 0, False)[0].weight
 
     def _keep(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, value: Tensor) -> Tensor:
         self._made[dtype] = _Served(weight, scale, (_version(weight), _version(scale)), value)
         return value
 
 
+class Holds:
+    """The holds of one norm: those that last, each of the thread that opened it, and the last ones that have ended."""
+
+    def __init__(self, lasting: Iterable[tuple[int | None, Hold]] = ()) -> None:
+        self._lasting = list(lasting)
+        self._ended: deque[Hold] = deque(maxlen=REMEMBERED)
+
+    def __bool__(self) -> bool:
+        return bool(self._lasting)
+
+    def of_everyone(self) -> Holds:
+        """The same for a replica, whose thread is none of those that opened them."""
+        return Holds((None, hold) for _, hold in self._lasting)
+
+    def of_this_thread(self) -> bool:
+        """Whether one lasts that this thread has opened."""
+        if torch.compiler.is_compiling():
+            return bool(self._lasting)
+        return any(thread in (None, _thread()) for thread, _ in self._lasting)
+
+    def open(self, hold: Hold) -> None:
+        """From now on it counts, before those that were opened earlier."""
+        self._lasting.append((_thread(), hold))
+
+    def close(self, hold: Hold) -> None:
+        """In any order."""
+        self._lasting = [entry for entry in self._lasting if entry[1] is not hold]
+        if not torch.compiler.is_compiling():
+            hold.close()
+            self._ended.append(hold)
+
+    def remember(self, fixed: Fixed, job: Job, begin: int) -> None:
+        """A single use, in case that backward runs it again."""
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+            self._ended.append(Hold(fixed, job, begin))
+
+    def in_force(self) -> Hold | None:
+        """What a use is served by: where backward runs a region again, the hold that its forward had; otherwise this
+        thread's newest, or the newest of all, so that the threads of replicas and of backward are served too."""
+        if torch.compiler.is_compiling():
+            return self._lasting[-1][1] if self._lasting else None
+        if run_again():
+            return self._of_the_forward()
+        if not self._lasting:
+            return None
+        own = (hold for thread, hold in reversed(self._lasting) if thread in (None, _thread()))
+        return next(own, self._lasting[-1][1])
+
+    def _of_the_forward(self) -> Hold | None:
+        """The hold that lasted when the node was made that backward is at; of several the newest.
+
+        A reentrant checkpoint makes its node before it runs the region, which itself makes none. A node behind the end
+        of a hold belongs to a region that went on after it.
+        """
+        node = torch._C._current_autograd_node()
+        at = -1 if node is None else node._sequence_nr()
+        known = sorted(itertools.chain(self._ended, (hold for _, hold in self._lasting)), key=lambda hold: -hold.begin)
+        for fits in (
+            lambda hold: hold.begin <= at and (hold.end is None or at < hold.end),
+            lambda hold: hold.begin - 1 == at,
+            lambda hold: hold.begin <= at,
+        ):
+            found = next((hold for hold in known if fits(hold)), None)  # type: ignore[no-untyped-call]
+            if found is not None:
+                return found
+        return self._lasting[-1][1] if self._lasting else None
+
+
+def run_again() -> bool:
+    """Whether this is inside a backward, where a forward is that of a checkpointed region, run once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def nodes() -> int:
+    """How many nodes of autograd graphs this thread has made."""
+    return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
+
+
+def hidden_from_checkpoints() -> AbstractContextManager[object]:
+    """For making W̄ where uses of it lie in a checkpointed region, which counts the tensors that are saved in it: when
+    it runs again, W̄ may already be there. What is saved in here is kept as it is."""
+    if torch.compiler.is_compiling() or not _hooks():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _hooks() -> bool:
+    """Whether somebody sees the tensors that are saved here, as checkpoints do that are not reentrant."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
+
+
+def _thread() -> int | None:
+    return None if torch.compiler.is_compiling() else threading.get_ident()
+
+
 def _version(x: Tensor | float) -> int:
-    return 0 if not isinstance(x, Tensor) or x.is_inference() else x._version
+    return 0 if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.is_inference() else x._version

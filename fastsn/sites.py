@@ -78,6 +78,21 @@ def sites(model: nn.Module) -> list[Site]:
     return found
 
 
+def weights(model: nn.Module, vectors_too: bool = True) -> list[tuple[Site, Tensor]]:
+    """All sites with their weights, once all of them (and all vectors) are known to have values: else nothing moves."""
+    found = []
+    for site in sites(model):
+        weight = site.weight()
+        if weight.is_meta:
+            raise ValueError(
+                f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first"
+            )
+        if vectors_too and any(x is not None and x.is_meta for x in site.norm._buffers.values()):
+            raise ValueError(f"u and v of {site.name!r} must have values, got meta tensors: call fastsn.warm_up first")
+        found.append((site, weight))
+    return found
+
+
 def _sites_of(module: nn.Module, prefix: str) -> list[Site]:
     modules = module._modules.get("parametrizations")
     chains = modules._modules if isinstance(modules, nn.ModuleDict) else {}

@@ -58,7 +58,8 @@ class Settings:
     # Registers per thread that an iteration may have: without a bound, ptxas sometimes takes 96 and spills.
     registers: int = 128
     # All phases of an iteration in one cooperative launch, with barriers of the whole grid between them, instead of one
-    # launch for each. Off until a measurement says for which sizes it wins.
+    # launch for each. Off until a measurement says for which sizes it wins. Rescaling remains a launch: it is another
+    # op (one that moves u and v cannot return a list), and a barrier of the grid waits as long as a launch in a graph.
     together: bool = False
     together_warps: int = 8  # of one program per multiprocessor
 
@@ -160,7 +161,11 @@ def file(name: str) -> Path:
 
 
 def vector_width(a: Arrangement, element_size: int, aligned: bool) -> int:
-    """How many elements a load of 16 bytes takes where rows begin at multiples of 16 bytes, otherwise 1."""
+    """How many elements a load of 16 bytes takes where rows begin at multiples of 16 bytes, otherwise 1.
+
+    Kernels of 3x3 positions are read one element at a time: 9 of 16 lanes of a tile are theirs, and wider loads would
+    have to be taken apart by division. 18 elements per clock and multiprocessor are some 16 TB/s on an H100, twice what
+    the two halves of an iteration ask for at full memory speed: a matter of loads in flight, for a GPU to decide."""
     width = 16 // element_size
     contiguous = a.b if a.k == 1 or a.kb else a.k if a.k == power_of_two(a.k) else 1
     fits = contiguous % width == 0

@@ -1,0 +1,145 @@
+"""All weights of a model at once, for a block of code (``step``) or for each forward of the model (``fuse``)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fastsn import jobs, serving
+from fastsn.serving import Hold
+from fastsn.sites import Site, sites, weights
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@contextmanager
+def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
+    """Normalise every weight once for the whole block; each use in it is served the same W̄.
+
+    ::
+
+        with fastsn.step(D):                       # one power iteration per layer
+            loss = hinge(D(real), D(fake)) + penalty(D)
+        loss.backward()
+        with fastsn.step(D, advance=False):        # the generator's step: D's vectors stay as they are
+            loss = -D(G(z)).mean()
+
+    In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
+    them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
+    anew with the block's vectors (a change through ``.data`` is not seen). All uses share one graph, so call
+    ``backward`` once (or keep the graph). Of nested steps the inner one counts; one that an exception leaves has ended.
+
+    Activation checkpointing, reentrant or not: a region that backward runs again, inside the block or after it, gets
+    the vectors of its own forward, without another iteration. That holds for the last 16 steps of a model.
+
+    Threads: a step counts in the thread that has opened it, and in those that have opened none, as the threads of
+    ``DataParallel`` and of ``backward``.
+
+    Raises:
+        ValueError: a weight on the meta device. No vector has moved.
+        TypeError: a sharded DTensor: open the step where the weights are whole. No vector has moved.
+    """
+    release = _normalise_all(model, advance)
+    try:
+        yield
+    finally:
+        release()
+
+
+def fuse(model: Module) -> Module:
+    """From now on each forward of the model normalises all of its weights in one call, as inside a ``step``.
+
+    ::
+
+        D = fastsn.fuse(fastsn.convert(D))         # the training loop stays as it is
+        loss = hinge(D(real), D(fake))             # one power iteration per layer and forward
+
+    In training mode u and v advance once per forward of the model, also those of layers that the forward uses several
+    times or not at all. Layers that are called on their own normalise as before. Inside a ``step``, and inside the
+    forward of a larger fused model, all is served from there. ``model.forward(x)`` passes the hooks by, as in torch.
+    The class, the parameters and the state dict stay; copies, pickles and replicas are fused too; ``fold`` undoes it.
+
+    Returns:
+        The same model. A model that is fused already is left as it is.
+
+    Raises:
+        ValueError: a model without norms of fastsn.
+        TypeError, from the forward: a sharded DTensor (fuse the parts that FSDP unshards as a whole).
+    """
+    if not sites(model):
+        raise ValueError("model must have norms of fastsn, got none: call fastsn.convert on it first")
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter)
+        model.register_forward_hook(_leave, always_call=True)
+    return model
+
+
+def separate(model: nn.Module) -> None:
+    """Take back ``fuse``, of the model and of all in it."""
+    for module in model.modules():
+        for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+class _Entered(threading.local):
+    """The forwards of fused models that this thread is in, and what ends each."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[nn.Module, Callable[[], None]]] = []
+
+
+_entered = _Entered()
+
+
+def _enter(model: nn.Module, _: Any) -> None:
+    _entered.stack.append((model, _normalise_all(model, advance=True, only_free=True)))
+
+
+def _leave(model: nn.Module, *_: Any) -> None:
+    # What lies above was entered by forwards that never came to their end.
+    stack = _entered.stack
+    while any(entered is model for entered, _ in stack):
+        entered, release = stack.pop()
+        release()
+        if entered is model:
+            break
+
+
+def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
+    """One call for all weights, or for those that this thread does not hold already; returns what ends it."""
+    groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor, Hold | None]]] = {}
+    begin = serving.nodes()
+    for site, weight in weights(model):
+        norm = site.norm
+        if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
+            continue
+        again = norm.holds.in_force() if serving.run_again() else None
+        rounds = norm.rounds() if again is None else 0
+        groups.setdefault((site.depth, rounds, advance and rounds > 0), []).append((site, weight, again))
+    releases: list[Callable[[], None]] = []
+
+    def release() -> None:
+        for each in reversed(releases):
+            each()
+
+    try:
+        with serving.hidden_from_checkpoints():
+            for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
+                # W̄ is made here, in one call, not at the first use. What lies behind other norms is asked for again,
+                # now that those hold.
+                todo = []
+                for site, weight, again in found:
+                    job = site.norm.job(site.weight() if depth else weight)
+                    todo.append(job if again is None else job._replace(vectors=again.vectors()))
+                made = jobs.normalize(todo, rounds, store)
+                releases += [s.norm.hold(w, job, begin) for (s, _, _), w, job in zip(found, made, todo, strict=True)]
+    except BaseException:
+        release()
+        raise
+    return release
