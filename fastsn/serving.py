@@ -3,7 +3,6 @@ checkpointed region once more."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -50,6 +49,13 @@ class Hold:
         self.end = nodes()
         self._made.clear()
 
+    def distance(self, node: int) -> int:
+        """0: the node was made in it; 1: directly before it, as a reentrant checkpoint makes its node before the region
+        runs, which makes none; 2: after it, in a region that went on."""
+        if self.begin <= node and (self.end is None or node < self.end):
+            return 0
+        return 1 if node == self.begin - 1 else 2
+
     def vectors(self) -> Vectors:
         """Those that are fixed."""
         return self._fixed.vectors()
@@ -57,8 +63,8 @@ class Hold:
     def serve(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
         that is wanted is not the one that was made; then one made anew with the vectors of the hold."""
-        # A graph cannot ask whether a weight has changed since the hold was opened, unless that happened in the graph. A
-        # reentrant region has a backward of its own, through its own W̄.
+        # A graph cannot ask whether a weight has changed since the hold was opened, unless that happened in the graph.
+        # A reentrant region has a backward of its own, through its own W̄.
         foreign = torch.compiler.is_compiling() and not self._traced
         if foreign or self.end is not None or (run_again() and not _hooks()):
             return self._make(weight, scale, dtype)
@@ -133,23 +139,13 @@ class Holds:
         return next(own, self._lasting[-1][1])
 
     def _of_the_forward(self) -> Hold | None:
-        """The hold that lasted when the node was made that backward is at; of several the newest.
-
-        A reentrant checkpoint makes its node before it runs the region, which itself makes none. A node behind the end
-        of a hold belongs to a region that went on after it.
-        """
+        """The hold that lasted when the node was made that backward is at; of several the newest."""
         node = torch._C._current_autograd_node()
         at = -1 if node is None else node._sequence_nr()
-        known = sorted(itertools.chain(self._ended, (hold for _, hold in self._lasting)), key=lambda hold: -hold.begin)
-        for fits in (
-            lambda hold: hold.begin <= at and (hold.end is None or at < hold.end),
-            lambda hold: hold.begin - 1 == at,
-            lambda hold: hold.begin <= at,
-        ):
-            found = next((hold for hold in known if fits(hold)), None)  # type: ignore[no-untyped-call]
-            if found is not None:
-                return found
-        return self._lasting[-1][1] if self._lasting else None
+        known = [hold for hold in (*self._ended, *(hold for _, hold in self._lasting)) if hold.begin - 1 <= at]
+        if not known:
+            return self._lasting[-1][1] if self._lasting else None
+        return min(known, key=lambda hold: (hold.distance(at), -hold.begin))
 
 
 def run_again() -> bool:

@@ -1,0 +1,357 @@
+"""A fused model: each of its forwards normalises all weights in one call, and everything else stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastsn
+from networks import batch, moved, network, state
+
+
+class Counted(TorchDispatchMode):
+    """The names of our ops, as they are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastsn":
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def chain(layers: int = 3) -> nn.Sequential:
+    return nn.Sequential(*(fastsn.BSSNConv2d(4, 4, 3, padding=1, scale=1.4) for _ in range(layers)))
+
+
+def image() -> Tensor:
+    return torch.randn(2, 4, 5, 5)
+
+
+@pytest.mark.parametrize("layers", [8, 20, 64])
+def test_a_fused_model_calls_each_op_once_however_many_layers_it_has(layers):
+    model = fastsn.fuse(chain(layers))
+    with Counted() as forward:
+        y = model(image())
+    with Counted() as backward:
+        y.sum().backward()
+    assert forward.names == ["power_iteration_", "rescale"]
+    assert backward.names == ["rescale_backward"]
+    with Counted() as evaluation:
+        model.eval()(image())
+    assert evaluation.names == ["power_iteration", "rescale"]
+
+
+def test_a_fused_model_trains_as_the_model_does():
+    """Every layer of it is used once: the same iterations, in one call."""
+    model, x = chain(), image()
+    model.append(fastsn.spectral_norm(nn.Conv2d(4, 2, 1))).append(fastsn.SNConvTranspose2d(2, 3, 2))
+    fused = fastsn.fuse(copy.deepcopy(model))
+    for _ in range(5):
+        for each in (model, fused):
+            each(x).square().sum().backward()
+            with torch.no_grad():
+                for p in each.parameters():
+                    p -= 0.01 * p.grad
+                    p.grad = None
+    torch.testing.assert_close(fused.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert torch.equal(fused.eval()(x), model.eval()(x))
+
+
+def test_every_forward_iterates_once_also_for_layers_used_twice_or_not_at_all():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.unused = chain(1)[0], chain(1)[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.twice(self.twice(x))
+
+    model, x = fastsn.fuse(Branches()), image()
+    twin = copy.deepcopy(model)
+    before = state(model)
+    model(x).sum().backward()
+    assert moved(before, model) == set(before)
+    with fastsn.step(twin):
+        twin(x)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+    assert model.twice.weight.grad.abs().sum() > 0
+    assert model.unused.weight.grad is None
+
+
+def test_a_submodule_on_its_own_normalises_as_before():
+    model, x = fastsn.fuse(chain()), image()
+    before = state(model)
+    model[1](x)
+    assert moved(before, model) == {name for name in before if name.startswith("1.")}
+    with Counted() as counted:
+        model[1](x)
+    assert counted.names == ["power_iteration_", "rescale"]
+
+
+def test_frozen_layers_iterate_and_get_no_gradient():
+    model, x = fastsn.fuse(chain()), image()
+    model[0].requires_grad_(False)
+    before = state(model)
+    model(x).sum().backward()
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad.abs().sum() > 0
+    assert moved(before, model) == set(before)
+
+
+def _double(model: nn.Module) -> None:
+    model.double()
+
+
+def _half(model: nn.Module) -> None:
+    model.to(torch.bfloat16)
+
+
+def _draw(model: nn.Module) -> None:
+    for layer in model:
+        nn.init.orthogonal_(layer.weight)
+
+
+def _load(model: nn.Module) -> None:
+    model.load_state_dict(chain().state_dict())
+
+
+def _assign(model: nn.Module) -> None:
+    model.load_state_dict(chain().state_dict(), assign=True)
+
+
+def _replace(model: nn.Module) -> None:
+    model[1] = chain(1)[0]
+
+
+def _step(model: nn.Module) -> None:
+    torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5).step()
+
+
+@pytest.mark.parametrize("change", [_double, _half, _draw, _load, _assign, _replace, _step], ids=lambda f: f.__name__)
+def test_what_happens_to_the_model_between_forwards_counts_in_the_next(change):
+    model = fastsn.fuse(chain())
+    plain = chain()
+    plain.load_state_dict(model.state_dict())
+    x = image()
+    for each in (model, plain):
+        each(x).square().sum().backward()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        torch.manual_seed(5)
+        change(each)
+    x = image().to(model[0].weight.dtype)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_fused_part_of_a_fused_model_is_served_by_the_whole():
+    model = nn.Sequential(fastsn.fuse(chain(2)), chain(1)[0])
+    fastsn.fuse(model)
+    with Counted() as counted:
+        model(image())
+    assert counted.names == ["power_iteration_", "rescale"]
+    before = state(model)
+    model[0](image())
+    assert moved(before, model) == {name for name in before if name.startswith("0.")}
+
+
+def test_inside_a_step_a_fused_model_is_served_by_the_step():
+    model, x = fastsn.fuse(chain()), image()
+    before = state(model)
+    with fastsn.step(model, advance=False), Counted() as counted:
+        assert torch.equal(model(x), model(x))
+    assert counted.names == []
+    assert moved(before, model) == set()
+    model(x)
+    assert moved(before, model) == set(before)
+
+
+class Fails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.fails = chain(), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        if self.fails:
+            raise KeyError("in the middle")
+        return self.layers[1:](x)
+
+
+def test_an_exception_inside_the_forward_leaves_nothing_behind():
+    model, x = fastsn.fuse(Fails()), image()
+    with pytest.raises(KeyError, match="in the middle"):
+        model(x)
+    with torch.no_grad():
+        model.layers[0].weight.mul_(3)
+    model.fails = False
+    twin = Fails()
+    twin.load_state_dict(model.state_dict())
+    twin.fails = False
+    assert torch.equal(model(x), twin(x))
+
+
+def test_a_weight_that_cannot_be_normalised_leaves_nothing_behind():
+    model = fastsn.fuse(chain())
+    whole, model[2] = model[2], fastsn.BSSNConv2d(4, 4, 3, padding=1, device="meta")
+    before = state(model)
+    with pytest.raises(ValueError, match="'2' must have values"):
+        model(image())
+    model[2] = whole
+    assert moved({k: v for k, v in before.items() if not k.startswith("2")}, model[:2]) == set()
+    with Counted() as counted:
+        model(image())
+    assert counted.names == ["power_iteration_", "rescale"]
+
+
+def test_threads_that_use_one_model_do_not_meet():
+    model, x = fastsn.fuse(chain(2)).eval(), image()
+    expected = model(x)
+    here, there = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                here.set()
+                assert there.wait(20)
+            return x
+
+    model.insert(1, Waits())
+    results = []
+    thread = threading.Thread(target=lambda: results.append(model(x)))
+    thread.start()
+    assert here.wait(20)
+    ours = model(x)
+    there.set()
+    thread.join()
+    for y in (ours, *results):
+        assert torch.equal(y, expected)
+        y.sum().backward()  # each has a graph of its own
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes them, which needs a GPU: shallow, with tensors in a graph."""
+    copies = {each: each._replicate_for_data_parallel() for each in module.modules()}
+    for original, replica in copies.items():
+        for name, child in original._modules.items():
+            replica._modules[name] = copies[child]
+        for name, p in original._parameters.items():
+            if p is not None:
+                replica._parameters.pop(name, None)
+                setattr(replica, name, p * 1)
+        for name, b in original._buffers.items():
+            replica._buffers[name] = b
+    return copies[module]
+
+
+def test_replicas_normalise_in_their_threads_and_are_served_by_a_step_around_them():
+    model, x = fastsn.fuse(chain(2)), image()
+    twin = copy.deepcopy(model)
+    with fastsn.step(model):
+        replicas = [_replica(model), _replica(model)]
+        outputs: dict[int, Tensor] = {}
+        threads = [
+            threading.Thread(target=lambda i=i: outputs.__setitem__(i, replicas[i](x * (i + 1)))) for i in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (outputs[0] + outputs[1]).sum().backward()
+    with fastsn.step(twin):
+        (twin(x) + twin(2 * x)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_functional_call_normalises_what_it_is_given():
+    model, x = fastsn.fuse(chain()), image()
+    other = chain()
+    given = {**dict(other.named_parameters()), **state(other)}
+    before = state(model)
+    assert torch.equal(functional_call(model, given, (x,)), other(x))
+    assert moved(before, model) == set()
+
+
+def test_function_transforms():
+    model, x = fastsn.fuse(chain()), image()
+    names = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    model.eval()
+    found = torch.func.grad(loss)(names)
+    model(x).square().sum().backward()
+    for name, p in names.items():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()))
+
+
+def test_nothing_of_a_forward_stays_alive():
+    model = fastsn.fuse(chain())
+    y = model(image())
+    node = weakref.ref(y)
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert node() is None
+
+    def graphs() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) and o.grad_fn is not None for o in gc.get_objects())
+
+    before = graphs()
+    for _ in range(20):
+        model(image())
+    assert graphs() == before
+
+
+def test_copies_and_pickles_are_fused_and_the_state_dict_is_the_same():
+    model, x = chain(), image()
+    keys = list(model.state_dict())
+    fastsn.fuse(model)
+    assert list(model.state_dict()) == keys
+    assert type(model) is nn.Sequential
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with Counted() as counted:
+            twin(x)
+        assert counted.names == ["power_iteration_", "rescale"]
+
+
+def test_fusing_again_changes_nothing_and_folding_undoes_it():
+    model, x = network().eval(), batch()
+    assert fastsn.fuse(fastsn.fuse(model)) is model
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+    fastsn.fuse(model[1])
+    expected = model(x)
+    fastsn.fold(model)
+    assert torch.equal(model(x), expected)
+    for module in model.modules():
+        assert [*module._forward_pre_hooks, *module._forward_hooks, *module._forward_hooks_always_called] == []
+
+
+def test_a_layer_can_be_fused_and_folded():
+    layer = fastsn.fuse(fastsn.BSSNConv2d(4, 4, 3)).eval()
+    expected = layer(image())
+    x = image()
+    expected = layer(x)
+    assert torch.equal(fastsn.fold(layer)(x), expected)
+    assert type(layer) is nn.Conv2d
+
+
+def test_a_model_without_norms_and_what_is_no_model():
+    with pytest.raises(ValueError, match=r"model must have norms of fastsn, got none: call fastsn\.convert"):
+        fastsn.fuse(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
+        fastsn.fuse([])

@@ -1,0 +1,165 @@
+"""Activation checkpointing: what backward runs again is what forward was, and u and v advance once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import fastsn
+
+Run = Callable[[nn.Module, Tensor, bool], Tensor]
+
+
+def model() -> nn.Sequential:
+    """One layer is used twice."""
+    shared = fastsn.BSSNConv2d(4, 4, 3, padding=1, scale=1.4)
+    convolution = fastsn.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))
+    return nn.Sequential(
+        shared, nn.Tanh(), convolution, nn.Tanh(), shared, nn.Flatten(), nn.Tanh(), fastsn.SSNLinear(100, 3, scale=0.7)
+    )
+
+
+def without_shared() -> nn.Sequential:
+    net = model()
+    net[4] = fastsn.BSNConv2d(4, 4, 3, padding=1)
+    return net
+
+
+def image() -> Tensor:
+    return torch.randn(2, 4, 5, 5, requires_grad=True)
+
+
+def whole(net: nn.Module, x: Tensor, reentrant: bool) -> Tensor:
+    return checkpoint(net, x, use_reentrant=reentrant)
+
+
+def with_more_around(net: nn.Module, x: Tensor, reentrant: bool) -> Tensor:
+    return checkpoint(lambda x: net(x.sin()).sin() * 2, x, use_reentrant=reentrant)
+
+
+class Segments(nn.Module):
+    """A network that checkpoints its own parts."""
+
+    def __init__(self, net: nn.Sequential, reentrant: bool | None) -> None:
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.net(x)
+        return checkpoint_sequential(list(self.net), 3, x, use_reentrant=self.reentrant)
+
+
+def segments(net: nn.Module, x: Tensor, reentrant: bool) -> Tensor:
+    net.reentrant = reentrant
+    return net(x)
+
+
+def no_scope(_: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def compare(net: nn.Module, twin: nn.Module) -> None:
+    for (name, a), b in zip(net.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    for (name, a), b in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert b.grad.abs().sum() > 0
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * float(b.grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("scope", ["step", "fuse", "single uses"])
+@pytest.mark.parametrize("run", [whole, with_more_around, segments])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_and_vectors_are_those_without_checkpointing(scope, run, reentrant):
+    """Two forwards, then one backward, after the step."""
+    # Of one layer used twice in a region, single uses give both times the vectors of the last.
+    net = without_shared() if scope == "single uses" else model()
+    if run is segments:
+        net = Segments(net, None)
+    if scope == "fuse":
+        fastsn.fuse(net)
+    step = fastsn.step if scope == "step" else no_scope
+    twin, x, y = copy.deepcopy(net), image(), image()
+    for each in (net, twin):
+        each.requires_grad_()
+        total = 0.0
+        for z in (x, y):
+            with step(each):
+                if each is net:
+                    total = total + run(net, z, reentrant).square().sum()
+                elif run is with_more_around:
+                    total = total + (twin(z.sin()).sin() * 2).square().sum()
+                else:
+                    total = total + twin(z).square().sum()
+        total.backward()
+    compare(net, twin)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_backward_inside_the_step_with_several_regions(reentrant):
+    net = Segments(model(), reentrant)
+    twin, x = copy.deepcopy(net), image()
+    twin.reentrant = None
+    for each in (net, twin):
+        with fastsn.step(each):
+            (each(x).square().sum() + each(-x).sum()).backward()
+    compare(net, twin)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_backward_of_an_earlier_step_inside_a_later_one(reentrant):
+    net = Segments(model(), reentrant)
+    twin, x = copy.deepcopy(net), image()
+    twin.reentrant = None
+    for each in (net, twin):
+        with fastsn.step(each):
+            loss = each(x).square().sum()
+        with fastsn.step(each):
+            loss.backward()
+    compare(net, twin)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("scope", ["inside", "around"])
+def test_autocast_and_a_step(reentrant, scope):
+    net = Segments(model(), reentrant)
+    twin, x = copy.deepcopy(net), image()
+    twin.reentrant = None
+    for each in (net, twin):
+        if scope == "inside":
+            with fastsn.step(each), torch.autocast("cpu", torch.bfloat16):
+                loss = each(x).float().square().sum()
+        else:
+            with torch.autocast("cpu", torch.bfloat16), fastsn.step(each):
+                loss = each(x).float().square().sum()
+        loss.backward()
+    for (name, a), b in zip(net.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0.05, atol=0.02 * float(b.grad.abs().max()), msg=name)
+
+
+def test_evaluation_with_vectors_that_have_been_warmed_up_since():
+    net, x = without_shared(), image()
+    net(x).sum().backward()
+    fastsn.warm_up(net)
+    net.zero_grad()
+    twin = copy.deepcopy(net).eval()
+    twin(x).square().sum().backward()
+    checkpoint(net.eval(), x, use_reentrant=False).square().sum().backward()
+    compare(net, twin)
+
+
+def test_a_checkpointed_use_in_frozen_layers():
+    net = fastsn.fuse(model())
+    net.requires_grad_(False)
+    twin, x, y = copy.deepcopy(net), image(), image()
+    y.data.copy_(x.data)
+    whole(net, x, False).square().sum().backward()
+    twin(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), twin.buffers(), strict=True))
