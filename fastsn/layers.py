@@ -68,6 +68,7 @@ class Normalised(nn.Module):
             impl=impl,
             follows_autocast=self.follows_autocast,
         )
+        self.register_load_state_dict_post_hook(after_loading)  # type: ignore[no-untyped-call]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,6 +108,11 @@ class Normalised(nn.Module):
     def extra_repr(self) -> str:
         """The torch layer's, the variant and the scale."""
         return f"{super().extra_repr()}, {self.spectral_norm.extra_repr()}" + ", scale_bias=True" * self.scale_bias
+
+
+def after_loading(layer: Any, _: Any) -> None:
+    """A hook of load_state_dict: vectors that the checkpoint lacked are brought to its weight."""
+    layer.spectral_norm.after_loading(lambda: layer.weight)
 
 
 # The families below are always joined with a torch layer, whose attributes they read: hence self: Any.

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, reference, scopes, views
-from fastsn.layers import Normalised
+from fastsn.layers import Normalised, after_loading
 from fastsn.norm import WARM_UP_ITERATIONS
 from fastsn.sites import Site, evaluated, weights
 
@@ -112,6 +112,9 @@ def _fold_layer(layer: Normalised) -> None:
     if layer.scale_bias and bias is not None:
         layer.bias = nn.Parameter(norm.scaled(bias), requires_grad=bias.requires_grad)
     layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    hooks = layer._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is after_loading]:
+        del hooks[key]
     del layer.spectral_norm, layer.scale_bias
     layer.__class__ = layer.plain  # type: ignore[assignment]
 

@@ -5,7 +5,8 @@ Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -200,11 +201,33 @@ class SpectralNorm(nn.Module):
                 self._buffers[name] = old.to(new.device, reference.wide(new.dtype))
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
         for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
             if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
                 self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
+        # The owner has loaded its weight before, and noted if there was none: then this layer is not in the checkpoint.
+        owner = prefix.rpartition(".")[0].rpartition(".")[0]
+        absent = f"{owner}.weight".lstrip(".") in missing or f"{owner}.original".lstrip(".") in missing
+        named = [prefix + name for view in self.views for name in _BUFFERS[view]]
+        self._foreign = not absent and any(name not in state_dict for name in named)
+        if self._foreign:
+            _warn(missing, owner)
+
+    def after_loading(self, weight: Callable[[], Tensor]) -> None:
+        """Bring the vectors to a weight that was loaded without them. The owner calls it."""
+        if self.__dict__.pop("_foreign", False):
+            value = weight()
+            if not (value.is_meta or hasattr(value, "_local_tensor")):
+                self.warm_up(value)
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.
@@ -227,3 +250,18 @@ class SpectralNorm(nn.Module):
             return f"{self.scale:.6g}"
         value = "meta" if self.scale.is_meta else f"{float(self.scale.detach()):.6g}"
         return value + (" (learnable)" if isinstance(self.scale, nn.Parameter) else " (tensor)")
+
+
+_warned: list[str] | None = None  # of the last call of load_state_dict that has warned, its list of missing keys
+
+
+def _warn(missing: list[str], owner: str) -> None:
+    """Once per checkpoint."""
+    global _warned
+    if _warned is not missing:
+        _warned = missing
+        warnings.warn(
+            f"the checkpoint has no u and v for {owner!r}, maybe not for others: they are brought to the loaded "
+            f"weights by {WARM_UP_ITERATIONS} power iterations (meta or sharded ones: call fastsn.warm_up later)",
+            stacklevel=2,
+        )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, views
 from fastsn.norm import SpectralNorm
+from fastsn.sites import evaluated
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -85,4 +88,17 @@ def spectral_norm(
     # Registering evaluates once and insists on an unchanged dtype.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
+    brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
     return module
+
+
+def brought_up_after_loading(chain: ParametrizationList) -> None:
+    """Vectors that a checkpoint lacks are brought to its weight."""
+    if _after_loading not in chain._load_state_dict_post_hooks.values():
+        chain.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+
+
+def _after_loading(chain: Any, _: Any) -> None:
+    for place, part in enumerate(chain):
+        if isinstance(part, SpectralNorm):
+            part.after_loading(partial(evaluated, chain, place))

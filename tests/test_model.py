@@ -43,7 +43,7 @@ def test_warm_up_brings_vectors_to_foreign_weights_in_any_mode():
 def test_warm_up_draws_vectors_that_are_still_on_meta():
     with torch.device("meta"):
         layer = fastsn.BSSNConv2d(4, 6, 3)
-    layer.load_state_dict(nn.Conv2d(4, 6, 3).state_dict(), strict=False, assign=True)
+    layer.weight, layer.bias = nn.Conv2d(4, 6, 3).parameters()
     for function in (fastsn.sigmas, fastsn.fold):
         with pytest.raises(
             ValueError, match=r"u and v of '' must have values, got meta tensors: call fastsn.warm_up first"
