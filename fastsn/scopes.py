@@ -114,12 +114,12 @@ def _leave(model: nn.Module, *_: Any) -> None:
 def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
     """One call for all weights, or for those that this thread does not hold already; returns what ends it."""
     groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor, Hold | None]]] = {}
-    begin = serving.nodes()
+    begin, run_again = serving.nodes(), serving.run_again()
     for site, weight in weights(model):
         norm = site.norm
         if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
             continue
-        again = norm.holds.in_force() if serving.run_again() else None
+        again = norm.holds.in_force() if run_again else None
         rounds = norm.rounds() if again is None else 0
         groups.setdefault((site.depth, rounds, advance and rounds > 0), []).append((site, weight, again))
     releases: list[Callable[[], None]] = []

@@ -34,6 +34,8 @@ class Hold:
     its forward: without ``made``, its W̄, the hold is over as it begins.
     """
 
+    __slots__ = ("_dim", "_fixed", "_hidden", "_impl", "_made", "_traced", "begin", "end")
+
     def __init__(self, fixed: Fixed, job: Job, begin: int, made: Tensor | None = None) -> None:
         self.begin = begin
         self.end = begin if made is None else None
@@ -46,7 +48,7 @@ class Hold:
 
     def close(self) -> None:
         """Keeps the vectors alone: what has been made of them carries graphs."""
-        self.end = nodes()
+        self.end = torch._C._autograd._get_sequence_nr()
         self._made.clear()
 
     def distance(self, node: int) -> int:
@@ -65,15 +67,15 @@ class Hold:
         that is wanted is not the one that was made; then one made anew with the vectors of the hold."""
         # A graph cannot ask whether a weight has changed since the hold was opened, unless that happened in the graph.
         # A reentrant region has a backward of its own, through its own W̄.
-        foreign = torch.compiler.is_compiling() and not self._traced
-        if foreign or self.end is not None or (run_again() and not _hooks()):
+        foreign = not self._traced and torch.compiler.is_compiling()
+        if foreign or self.end is not None or (not self._traced and run_again() and not _hooks()):
             return self._make(weight, scale, dtype)
         served = self._made.get(dtype)
         if (
             served is not None
             and served.weight is weight
             and (served.scale is scale or (not isinstance(scale, Tensor) and served.scale == scale))
-            and served.versions == (_version(weight), _version(scale))
+            and served.versions == self._versions(weight, scale)
             and (not torch.is_grad_enabled() or jobs.requires_grad(weight, scale) == served.value.requires_grad)
             and (self._traced or not served.value.is_inference() or torch.is_inference_mode_enabled())
         ):
@@ -86,8 +88,11 @@ class Hold:
             return jobs.normalize([job], 0, False)[0].weight
 
     def _keep(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, value: Tensor) -> Tensor:
-        self._made[dtype] = _Served(weight, scale, (_version(weight), _version(scale)), value)
+        self._made[dtype] = _Served(weight, scale, self._versions(weight, scale), value)
         return value
+
+    def _versions(self, weight: Tensor, scale: Tensor | float) -> tuple[int, int]:
+        return (0, 0) if self._traced else (_version(weight), _version(scale))
 
 
 class Holds:
@@ -116,7 +121,10 @@ class Holds:
 
     def close(self, hold: Hold) -> None:
         """In any order."""
-        self._lasting = [entry for entry in self._lasting if entry[1] is not hold]
+        if self._lasting[-1][1] is hold:
+            self._lasting.pop()
+        else:
+            self._lasting = [entry for entry in self._lasting if entry[1] is not hold]
         if not torch.compiler.is_compiling():
             hold.close()
             self._ended.append(hold)
@@ -131,12 +139,15 @@ class Holds:
         thread's newest, or the newest of all, so that the threads of replicas and of backward are served too."""
         if torch.compiler.is_compiling():
             return self._lasting[-1][1] if self._lasting else None
-        if run_again():
+        if torch._C._current_graph_task_id() != -1:
             return self._of_the_forward()
         if not self._lasting:
             return None
-        own = (hold for thread, hold in reversed(self._lasting) if thread in (None, _thread()))
-        return next(own, self._lasting[-1][1])
+        me = threading.get_ident()
+        for thread, hold in reversed(self._lasting):
+            if thread is None or thread == me:
+                return hold
+        return self._lasting[-1][1]
 
     def _of_the_forward(self) -> Hold | None:
         """The hold that lasted when the node was made that backward is at; of several the newest."""
@@ -150,7 +161,7 @@ class Holds:
 
 def run_again() -> bool:
     """Whether this is inside a backward, where a forward is that of a checkpointed region, run once more."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1 if not torch.compiler.is_compiling() else False
 
 
 def nodes() -> int:
@@ -180,4 +191,4 @@ def _thread() -> int | None:
 
 
 def _version(x: Tensor | float) -> int:
-    return 0 if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.is_inference() else x._version
+    return 0 if not isinstance(x, Tensor) or x.is_inference() else x._version
