@@ -37,7 +37,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
     places, as does what is stored as asked already. The state is not changed; tensors are shared with it, not copied,
     unless their values change.
 
-    - A missing v is :math:`M^H u / \|M^H u\|` with u kept, a missing u is :math:`M v / \|M v\|`, and sigma is
+    - A missing v is :math:`M^H u / \|M^H u\|` with u kept, a missing u is :math:`M v / \|M v\|`, a missing sigma is
       :math:`u^H M v`. Where u and v both are missing (and other keys show that there was a norm), they come from 15
       power iterations from a start that is always the same. ``parametrizations.weight.original`` alone may belong to
       any parametrization and is left alone.

@@ -19,7 +19,8 @@ class Layout:
         name: what users call it.
         tensors: part -> the name behind the module's prefix; {n} is the tensor that is normalised ("weight" where the
             layout has no choice), {i} the position among the parametrizations of that tensor.
-        is_norm: whether the parts that are there, and the tensor's name, can be nothing but a spectral norm.
+        is_norm: whether the parts that are there (one besides the weight at least), and the tensor's name, can be
+            nothing but a spectral norm.
         spare: pattern of names that it stores too and that say nothing its parts do not: not carried over.
         row: u is stored as 1 x h and belongs to the rows of ``weight.view(weight.size(0), -1)``; its owner normalises
             it at every use, so it may have any length.
@@ -51,8 +52,7 @@ def _vectors(found: Found, _tensor: str) -> bool:
 
 def _hooked(found: Found, tensor: str) -> bool:
     """Other things end in _orig (pruning), _u (attention) or _v (the old weight_norm) too, but not together."""
-    alone = tensor == "weight" and "u" in found and found["u"].ndim == 1
-    return alone or ("weight" in found and ("u" in found or "v" in found))
+    return "weight" in found or (tensor == "weight" and "u" in found and found["u"].ndim == 1)
 
 
 def _row_or_sigma(found: Found, _tensor: str) -> bool:

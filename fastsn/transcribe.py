@@ -124,7 +124,7 @@ def _fit(m: Tensor, u: Tensor, v: Tensor) -> float:
     u, v = u.to(m.dtype), v.to(m.dtype)
     mv, mhu = torch.mv(m, v), torch.mv(m.mH, u)
     fits = [torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y) for x, y in ((u, mv), (v, mhu))]
-    return float((torch.vdot(u, mv).abs() / torch.stack(fits).amin()).nan_to_num())
+    return float(torch.vdot(u, mv).abs() / torch.stack(fits).amin())
 
 
 def _unit_length(u: Tensor) -> Tensor:
