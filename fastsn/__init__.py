@@ -1,6 +1,7 @@
 """fastsn: spectral normalisation (SN, SSN, BSN, BSSN) for PyTorch."""
 
 from fastsn.backends import Backend, backends
+from fastsn.checkpoints import convert_state_dict
 from fastsn.gpu import register as _register
 from fastsn.layers import (
     BSNConv1d,
@@ -84,6 +85,7 @@ __all__ = [
     "SpectralNorm",
     "VARIANTS",
     "backends",
+    "convert_state_dict",
     "fold",
     "fuse",
     "sigmas",

@@ -36,7 +36,7 @@ def matrix(oik: Tensor, view: str) -> Tensor:
     return oik.reshape(o, i * k) if view == "out" else oik.transpose(1, 2).reshape(o * k, i)
 
 
-def _unit(x: Tensor, old: Tensor) -> Tensor:
+def unit(x: Tensor, old: Tensor) -> Tensor:
     """x / |x|, or ``old`` where x is zero or not finite: a bad vector never becomes state.
 
     torch divides by max(|x|, eps): below eps it stores a vector shorter than 1, which shrinks further with every step
@@ -78,8 +78,8 @@ def power_iteration(
 def _iterate(m: Tensor, u: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
     u, v = u.to(m.dtype), v.to(m.dtype)
     for _ in range(n):
-        u = _unit(torch.mv(m, v), u)
-        v = _unit(torch.mv(m.mH, u), v)
+        u = unit(torch.mv(m, v), u)
+        v = unit(torch.mv(m.mH, u), v)
     return u, v
 
 

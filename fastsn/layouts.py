@@ -1,0 +1,177 @@
+"""How checkpoints name the tensors of a spectral norm: one row per layout, and the search for them in a state dict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Found = Mapping[str, Tensor]  # part ("weight", "u", "v", "u_in", "v_in", "scale", "sigma") -> tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row.
+
+    Attributes:
+        name: what users call it.
+        tensors: part -> the name behind the module's prefix; {n} is the tensor that is normalised ("weight" where the
+            layout has no choice), {i} the position among the parametrizations of that tensor.
+        is_norm: whether the parts that are there (one besides the weight at least), and the tensor's name, can be
+            nothing but a spectral norm.
+        spare: pattern of names that it stores too and that say nothing its parts do not: not carried over.
+        row: u is stored as 1 x h and belongs to the rows of ``weight.view(weight.size(0), -1)``; its owner normalises
+            it at every use, so it may have any length.
+        conjugates: right for complex weights.
+        wide: u and v are float32 where the weight is in half precision.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+    is_norm: Callable[[Found, str], bool]
+    spare: str | None = None
+    row: bool = False
+    conjugates: bool = False
+    wide: bool = False
+
+    def key(self, part: str, prefix: str, tensor: str, position: str = "0") -> str:
+        """The key of a part."""
+        return prefix + self.tensors[part].format(n=tensor, i=position)
+
+
+def _always(_found: Found, _tensor: str) -> bool:
+    return True
+
+
+def _vectors(found: Found, _tensor: str) -> bool:
+    """Any parametrization may have a scale."""
+    return not found.keys().isdisjoint(("u", "v", "u_in", "v_in"))
+
+
+def _hooked(found: Found, tensor: str) -> bool:
+    """Other things end in _orig (pruning), _u (attention) or _v (the old weight_norm) too, but not together."""
+    return "weight" in found or (tensor == "weight" and "u" in found and found["u"].ndim == 1)
+
+
+def _row_or_sigma(found: Found, _tensor: str) -> bool:
+    """u0 is a common name; 1 x h is a rare shape, and nothing else is called sv0."""
+    return "sigma" in found or (found["u"].ndim == 2 and found["u"].shape[0] == 1)
+
+
+_PARAMETRIZATION = "parametrizations.{n}.{i}."
+_CHILD = "spectral_norm."
+_OURS = {"u": "_u", "v": "_v", "u_in": "_u_in", "v_in": "_v_in", "scale": "scale"}
+
+LAYOUTS: dict[str, Layout] = {
+    row.name: row
+    for row in (
+        Layout(
+            "torch",
+            {"weight": "parametrizations.{n}.original"} | {p: _PARAMETRIZATION + name for p, name in _OURS.items()},
+            _vectors,
+            conjugates=True,
+        ),
+        # Before torch 1.0 there was no v, and the normalised weight {n} was stored.
+        Layout("torch_hook", {"weight": "{n}_orig", "u": "{n}_u", "v": "{n}_v"}, _hooked, spare="{n}"),
+        Layout(
+            "fastsn",
+            {"weight": "weight"} | {part: _CHILD + name for part, name in _OURS.items()},
+            _always,
+            conjugates=True,
+            wide=True,
+        ),
+        # u1, sv1, ...: further singular values, which are logged and normalise nothing.
+        Layout(
+            "biggan",
+            {"weight": "weight", "u": "u0", "sigma": "sv0"},
+            _row_or_sigma,
+            spare=r"(u|sv)[1-9]\d*",
+            row=True,
+        ),
+        Layout("mimicry", {"weight": "weight", "u": "sn_u", "sigma": "sn_sigma"}, _always, row=True),
+    )
+}
+
+
+def get(name: object) -> Layout:
+    """Look a layout up by its name; ValueError lists the names there are."""
+    if not isinstance(name, str) or name not in LAYOUTS:
+        raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}, got {name!r}")
+    return LAYOUTS[name]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A spectral norm in a state dict.
+
+    ``keys``: part -> key, in the order of the state; ``spare``: keys of what is not carried over; ``others``: keys of
+    whatever else changes the same tensor.
+    """
+
+    layout: Layout
+    prefix: str
+    tensor: str
+    keys: Mapping[str, str]
+    spare: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    named = re.escape(name).replace(r"\{n\}", r"(?P<n>[^.]+)").replace(r"\{i\}", r"(?P<i>\d+)")
+    return re.compile(r"(?P<p>(?:.+\.)?)" + named)
+
+
+# A weight alone proves nothing: it is looked up once another part is found.
+_PATTERNS = [
+    (row.name, part, _pattern(name))
+    for row in LAYOUTS.values()
+    for part, name in row.tensors.items()
+    if part != "weight"
+]
+
+_Place = tuple[str, str, str, str]  # layout, prefix, tensor, position
+
+
+def find(state: Mapping[str, Tensor], hooked: Iterable[tuple[str, str]] = ()) -> list[Entry]:
+    """Every spectral norm of a state dict; ``hooked`` are the (prefix, tensor) that its metadata says torch's hook
+    normalises."""
+    declared: set[_Place] = {("torch_hook", prefix, tensor, "0") for prefix, tensor in hooked}
+    places: dict[_Place, dict[str, str]] = {place: {} for place in declared}
+    for key in state:
+        for layout, part, pattern in _PATTERNS:
+            if match := pattern.fullmatch(key):
+                named = match.groupdict()
+                place = (layout, named["p"], named.get("n", "weight"), named.get("i", "0"))
+                places.setdefault(place, {})[part] = key
+    norms: dict[_Place, dict[str, str]] = {}
+    for place, keys in places.items():
+        layout, prefix, tensor, _ = place
+        weight = LAYOUTS[layout].key("weight", prefix, tensor)
+        if weight in state:
+            keys["weight"] = weight
+        found = {part: state[key] for part, key in keys.items()}
+        if found and (place in declared or LAYOUTS[layout].is_norm(found, tensor)):
+            norms[place] = keys
+    order = {key: i for i, key in enumerate(state)}
+    return [_entry(place, norms, order) for place in norms]
+
+
+def _entry(place: _Place, norms: Mapping[_Place, dict[str, str]], order: Mapping[str, int]) -> Entry:
+    name, prefix, tensor, position = place
+    layout, own = LAYOUTS[name], norms[place]
+    spare = layout.spare and re.compile(re.escape(prefix) + layout.spare.format(n=re.escape(tensor)))
+    chain = f"{prefix}parametrizations.{tensor}."
+    rivals = [key for key in order if key.startswith(chain)]
+    rivals += [key for other, keys in norms.items() if other[1:3] == (prefix, tensor) for key in keys.values()]
+    # A parametrization that is not the first stands behind another, which may have no tensors.
+    behind = [] if position == "0" else [f"{chain}0"]
+    return Entry(
+        layout,
+        prefix,
+        tensor,
+        dict(sorted(own.items(), key=lambda item: order[item[1]])),
+        tuple(key for key in order if spare and spare.fullmatch(key)),
+        tuple(key for key in dict.fromkeys(rivals + behind) if key not in own.values()),
+    )
