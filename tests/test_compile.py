@@ -1,0 +1,115 @@
+"""Fused models under torch.compile: one graph, one call of each op, no recompilation once warm."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.testing import CompileCounter
+
+import fastsn
+from networks import batch, network
+
+
+class Graphs(CompileCounter):
+    """Counts compilations and keeps what was compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[list[str]] = []
+
+    def __call__(self, graph, inputs):
+        super().__call__(graph, inputs)
+        targets = [str(node.target) for node in graph.graph.nodes]
+        self.ops.append(
+            [name.removeprefix("fastsn.").removesuffix(".default") for name in targets if "fastsn." in name]
+        )
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def train(run, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    run(x).square().sum().backward()
+    optimizer.step()
+
+
+def test_a_fused_model_in_training_and_evaluation():
+    net = fastsn.fuse(network())
+    twin, x, graphs = copy.deepcopy(net), batch(), Graphs()
+    compiled = torch.compile(net, fullgraph=True, backend=graphs)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (net, twin)]
+    counts = []
+    for _ in range(5):
+        train(compiled, x, optimizers[0])
+        train(twin, x, optimizers[1])
+        counts.append(graphs.frame_count)
+    assert counts[1:] == [counts[1]] * 4
+    assert all(ops == ["power_iteration_", "rescale"] for ops in graphs.ops)
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
+    for m in (net, twin):
+        m.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), twin(x))
+    in_evaluation = graphs.ops[counts[-1] :]
+    assert in_evaluation == [["power_iteration", "rescale"]]
+    net.train()
+    before = {k: v.clone() for k, v in net.named_buffers()}
+    train(compiled, x, optimizers[0])
+    assert len(graphs.ops) == counts[-1] + 1  # known already
+    assert all(not torch.equal(before[k], v) for k, v in net.named_buffers())
+
+
+def test_a_step_inside_a_compiled_function_is_one_call_for_all_uses():
+    net, x, graphs = network(), batch(), Graphs()
+
+    @torch.compile(fullgraph=True, backend=graphs)
+    def both(x: Tensor) -> Tensor:
+        with fastsn.step(net):
+            return net(x).sum() - net(-x).sum()
+
+    for _ in range(3):
+        both(x).backward()
+    assert graphs.ops == [["power_iteration_", "rescale"]] * graphs.frame_count
+    assert graphs.frame_count <= 2
+
+
+def test_iterations_do_not_grow_the_graph():
+    found = []
+    for n in (1, 20):
+        graphs = Graphs()
+        layer = fastsn.BSSNConv2d(3, 4, 3, n_power_iterations=n)
+        torch.compile(layer, fullgraph=True, backend=graphs)(torch.randn(1, 3, 5, 5))
+        found.append(graphs.op_count)
+    assert found[0] == found[1] > 0
+
+
+def test_a_compiled_model_of_single_layers_is_whole_too():
+    net, x, graphs = network(), batch(), Graphs()
+    compiled = torch.compile(net, fullgraph=True, backend=graphs)
+    twin = copy.deepcopy(net)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), twin(x))
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself, as the compiler imports it
+def test_with_the_default_compiler():
+    net = fastsn.fuse(nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, scale=1.2), nn.Flatten(), fastsn.SNLinear(64, 2)))
+    twin, x = copy.deepcopy(net), batch()
+    compiled = torch.compile(net, fullgraph=True)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (net, twin)]
+    for _ in range(3):
+        train(compiled, x, optimizers[0])
+        train(twin, x, optimizers[1])
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,79 @@
+"""A folded model is plain torch: it goes wherever plain models go."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+import fastsn
+from networks import batch, network
+
+
+def folded() -> tuple[nn.Module, Tensor, Tensor]:
+    """The model, an input, and what it computed in evaluation before it was folded."""
+    net, x = fastsn.fuse(network()), batch()
+    for _ in range(3):
+        net(x)
+    net.eval()
+    with torch.no_grad():
+        expected = net(x)
+    return fastsn.fold(net).eval(), x, expected
+
+
+def test_no_trace_of_fastsn_is_left():
+    net, x, expected = folded()
+    assert torch.equal(net(x), expected)
+    assert not any(type(module).__module__.startswith("fastsn") for module in net.modules())
+    assert not any("spectral_norm" in key or key.endswith(("_u", "_v")) for key in net.state_dict())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_torch_export():
+    net, x, expected = folded()
+    program = torch.export.export(net, (x,))
+    assert not any("fastsn" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
+
+
+def test_torchscript_trace():
+    net, x, expected = folded()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(net, x)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+    assert torch.equal(loaded(x), expected)
+
+
+def test_onnx():
+    net, x, expected = folded()
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
+    model = onnx.load_from_string(file.getvalue())
+    onnx.checker.check_model(model)
+    assert {node.domain for node in model.graph.node} == {""}
+    (found,) = ReferenceEvaluator(model).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_can_also_be_exported_as_it_is(training):
+    """For training on another machine that has fastsn: two ops, whatever the number of layers."""
+    net, x = fastsn.fuse(network()).train(training), batch()
+    twin = copy.deepcopy(net)
+    program = torch.export.export(net, (x,))
+    names = [str(node.target) for node in program.graph.nodes if "fastsn" in str(node.target)]
+    assert len(names) == 2
+    for _ in range(2):  # the exported program moves u and v too
+        torch.testing.assert_close(program.module()(x), twin(x))
