@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,9 @@ def discriminator(impl: str = "auto") -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), fastsn.SNLinear(64 * 8 * 8, 1, impl=impl)).cuda()
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor) -> Tensor:
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, scope=fastsn.step) -> Tensor:
     optimizer.zero_grad(set_to_none=True)
-    with fastsn.step(net):
+    with scope(net):
         loss = F.relu(1 - net(real)).mean() + F.relu(1 + net(fake)).mean()
     loss.backward()
     optimizer.step()
@@ -41,23 +43,27 @@ def test_the_kernels_serve():
     layer(torch.randn(1, 3, 8, 8, device="cuda")).sum().backward()
 
 
-def test_a_captured_step_replayed_a_hundred_times_is_the_eager_one():
+@pytest.mark.parametrize("scope", [fastsn.step, nullcontext], ids=["step", "fuse"])
+def test_a_captured_step_replayed_a_hundred_times_is_the_eager_one(scope):
     real, fake = images()
     eager, captured = discriminator(), discriminator()
+    if scope is nullcontext:
+        fastsn.fuse(eager)
+        fastsn.fuse(captured)
     optimizers = [torch.optim.Adam(net.parameters(), 1e-4, capturable=True) for net in (eager, captured)]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            train(captured, optimizers[1], real, fake)
+            train(captured, optimizers[1], real, fake, scope)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = train(captured, optimizers[1], real, fake)
+        loss = train(captured, optimizers[1], real, fake, scope)
     for _ in range(100):
         graph.replay()
     for _ in range(103):
-        expected = train(eager, optimizers[0], real, fake)
+        expected = train(eager, optimizers[0], real, fake, scope)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
     for name, x in eager.state_dict().items():
         torch.testing.assert_close(

@@ -133,10 +133,10 @@ def test_autocast_and_a_step(reentrant, scope):
     twin.reentrant = None
     for each in (net, twin):
         if scope == "inside":
-            with fastsn.step(each), torch.autocast("cpu", torch.bfloat16):
+            with fastsn.step(each), torch.autocast(x.device.type, torch.bfloat16):
                 loss = each(x).float().square().sum()
         else:
-            with torch.autocast("cpu", torch.bfloat16), fastsn.step(each):
+            with torch.autocast(x.device.type, torch.bfloat16), fastsn.step(each):
                 loss = each(x).float().square().sum()
         loss.backward()
     for (name, a), b in zip(net.named_parameters(), twin.parameters(), strict=True):
