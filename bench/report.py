@@ -56,13 +56,7 @@ def table(result: dict[str, Any], name: str) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     steps = {figures["contestant"]: figures for figures in result["results"].get("training_step", [])}
     if steps:
-        plain = steps.pop("no normalisation")
-        costs = ", ".join(f"{who} {_short(figures['normalisation_ms'])}" for who, figures in steps.items())
-        lines += [
-            "",
-            f"A whole training step of the CIFAR10 CNN, {plain['batch']} real and {plain['batch']} fake images: "
-            f"{_short(plain['step_ms'])} ms without normalisation, which adds, in ms: {costs}.",
-        ]
+        lines += ["", _training(steps)]
     demo = {(f["variant"], f["impl"]): f for f in result["results"].get("demo_step", [])}
     if demo:
         gains = ", ".join(
@@ -74,6 +68,17 @@ def table(result: dict[str, Any], name: str) -> str:
     lines += ["", "–: compiling takes minutes, or the result is wrong (it has to pass a check against float64 first)."]
     lines += ["", f"{provenance(result)}, {result['date']} (`{name}`)."]
     return "\n".join(lines)
+
+
+def _training(steps: dict[str, dict[str, Any]]) -> str:
+    """What normalisation adds to each step without it."""
+    batch = next(iter(steps.values()))["batch"]
+    parts = []
+    for plain in dict.fromkeys(figures["plain"] for figures in steps.values()):
+        who = {name: figures for name, figures in steps.items() if figures["plain"] == plain and name != plain}
+        costs = ", ".join(f"{name} {_short(figures['normalisation_ms'])}" for name, figures in who.items())
+        parts.append(f"{plain} {_short(steps[plain]['step_ms'])} ms, to which {costs} ms are added")
+    return f"A whole training step of the CIFAR10 CNN, {batch} real and {batch} fake images: {'; '.join(parts)}."
 
 
 def provenance(result: dict[str, Any]) -> str:
