@@ -39,6 +39,7 @@ from fastsn.layers import (
 from fastsn.model import Sigmas, fold, sigmas, step, warm_up
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import spectral_norm
+from fastsn.replicas import copy_vectors, sync
 from fastsn.variants import VARIANTS
 
 __version__ = "0.1.0"
@@ -83,9 +84,11 @@ __all__ = [
     "SpectralNorm",
     "VARIANTS",
     "backends",
+    "copy_vectors",
     "fold",
     "sigmas",
     "spectral_norm",
     "step",
+    "sync",
     "warm_up",
 ]
