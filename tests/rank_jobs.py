@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -263,6 +263,55 @@ def fsdp_in_half(rank: int) -> list[str]:
     return [str(x.dtype) for x in model.buffers()]
 
 
+class InOneStep(nn.Module):
+    """A network whose own forward holds the step: FSDP gathers before it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        with fastsn.step(self):
+            return self.network(real).square().mean() - self.network(fake).mean()
+
+
+def fsdp_step_in_forward(rank: int) -> None:
+    """A module that is sharded as one unit may step in its forward."""
+    model = InOneStep(shardable())
+    twin = copy.deepcopy(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    data = batches(dist.get_world_size())
+    for _ in range(2):
+        model(*data[rank]).backward()
+        twin(*data.transpose(0, 1).flatten(1, 2)).backward()
+    gathered = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    torch.testing.assert_close(gathered, {name: p.grad for name, p in twin.named_parameters()}, **ALIKE)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), **ALIKE)
+
+
+def fsdp_gathered(_: int) -> None:
+    """After unshard() everything works as on the whole model."""
+    model = shardable()
+    twin = copy.deepcopy(model)
+    model = sharded(model)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    assert fastsn.sigmas(model) == fastsn.sigmas(twin)
+    fastsn.warm_up(model)
+    fastsn.warm_up(twin)
+    assert digest(model.buffers()) == digest(twin.buffers())
+    for unit in units:
+        unit.reshard()
+    with pytest.raises(TypeError):
+        fastsn.sigmas(model)
+
+
+def fsdp_repr(_: int) -> str:
+    """Ranks may print alone, and some have no part of the scale."""
+    return repr(sharded(shardable()))
+
+
 def fsdp_outside_forward(_: int, kind: str) -> dict[str, str]:
     """The TypeErrors of functions on a whole model, called while its weights are sharded; then nothing has moved."""
     model = nn.Sequential(fastsn.SNLinear(4, 4) if kind == "layer" else fastsn.spectral_norm(nn.Linear(4, 4)))
@@ -295,3 +344,13 @@ def nothing_to_sync(_: int) -> bool:
     """A model without norms comes back."""
     model = nn.Linear(2, 2)
     return fastsn.sync(model) is model
+
+
+def copy_through_ddp(rank: int) -> None:
+    """copy_vectors looks inside DistributedDataParallel."""
+    model, target = network(rank), network(rank + 10)
+    fastsn.copy_vectors(DistributedDataParallel(model), target)
+    scales = {name for name, _ in target.named_buffers() if name.endswith(".scale")}
+    assert len(scales) == 1
+    for name, vector in target.named_buffers():
+        assert name in scales or torch.equal(vector, model.get_buffer(name))

@@ -28,3 +28,15 @@ def test_outside_forward_functions_on_a_model_say_that_its_weights_are_sharded(t
         assert set(errors) == {"step", "sigmas", "warm_up", "fold"}
         expected = "0 must be a whole tensor, got a sharded DTensor: gather it first, as FSDP's forward does"
         assert set(errors.values()) == {expected}
+
+
+def test_a_step_inside_the_forward_of_a_module_sharded_as_one(two):
+    two(rank_jobs.fsdp_step_in_forward)
+
+
+def test_gathered_by_hand_a_model_is_measured_and_warmed_up(two):
+    two(rank_jobs.fsdp_gathered)
+
+
+def test_a_learnt_scale_that_is_sharded_can_be_printed(two):
+    assert all("scale=sharded (learnable)" in text for text in two(rank_jobs.fsdp_repr))
