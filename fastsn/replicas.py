@@ -113,8 +113,9 @@ def copy_vectors(source: nn.Module, target: Module) -> Module:
         ema.update_parameters(model)
         fastsn.copy_vectors(model, ema)
 
-    The vectors then are those of the weights that train, not of their average: sigma is exact to first order in the
-    difference of the two. ``fastsn.warm_up(ema)`` before an evaluation makes it exact.
+    The vectors then are those of the weights that train, which suits an average that follows closely. For one that
+    lies further away (an equal average of a whole run), and before any evaluation that has to be exact, call
+    ``fastsn.warm_up(ema)``.
 
     Args:
         source: the model that trains.

@@ -87,3 +87,7 @@ def test_sync_needs_processes_and_a_model(two):
 
 def test_sync_of_a_model_without_norms_does_nothing(two):
     assert two(rank_jobs.nothing_to_sync) == [True, True]
+
+
+def test_vectors_are_copied_out_of_ddp(two):
+    two(rank_jobs.copy_through_ddp)
