@@ -110,12 +110,14 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
 
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
     them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
-    anew with the block's vectors (a change through ``.data`` is not seen). All uses share one graph, so call
-    ``backward`` once (or keep the graph). With activation checkpointing, enter autocast before the step and call
-    ``backward`` inside the block: W̄ must not be made in a region that is recomputed. A step belongs to one thread.
+    anew with the block's vectors (changes through ``.data`` and by torch's fused optimizers are not seen: end the block
+    before ``optimizer.step()``). All uses share one graph, so call ``backward`` once (or keep the graph). With
+    activation checkpointing, enter autocast before the step and call ``backward`` inside the block: W̄ must not be made
+    in a region that is recomputed. A step belongs to one thread.
 
     Raises:
         ValueError: a weight on the meta device. No vector has moved.
+        TypeError: a weight that FSDP has sharded: step inside forward, where it is whole. No vector has moved.
     """
     groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor]]] = {}
     for site, weight in _weights(model):
