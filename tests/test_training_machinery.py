@@ -401,20 +401,75 @@ def test_gradients_of_each_sample_by_vmap_are_those_of_a_loop(mode, impl):
         torch.testing.assert_close(again, state)
 
 
-def test_an_ensemble_by_vmap_in_evaluation():
-    """Weights, u and v of several networks stacked; each is measured by its own."""
+@pytest.mark.parametrize("create_graph", [True, False])
+@pytest.mark.parametrize("scope", [fastsn.step, lambda _: nullcontext()], ids=["step", "no step"])
+def test_batches_of_upstream_gradients_are_a_loop(scope, create_graph):
+    """By autograd.grad(is_grads_batched=True), as functional.jacobian(vectorize=True) does, and by vmap."""
+    scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+    model = nn.Sequential(
+        fastsn.BSSNConv2d(1, 2, 3, scale=scale, dtype=torch.float64),
+        nn.Flatten(),
+        fastsn.spectral_norm(nn.Linear(50, 3, dtype=torch.float64)),
+    )
+    parameters, x = list(model.parameters()), task(torch.float64)[0][:2]
+    upstream = torch.randn(4, 2, 3, dtype=torch.float64)
+    with scope(model):
+        output = model(x)
+    found = torch.autograd.grad(
+        output, parameters, upstream, is_grads_batched=True, retain_graph=True, create_graph=create_graph
+    )
+    mapped = vmap(lambda g: torch.autograd.grad(output, parameters, g, retain_graph=True, create_graph=create_graph))
+    for batches in (found, mapped(upstream)):
+        for i in range(4):
+            single = torch.autograd.grad(output, parameters, upstream[i], retain_graph=True)
+            for gradient, batch in zip(single, batches, strict=True):
+                torch.testing.assert_close(batch[i], gradient)
+    if create_graph:
+        several = torch.autograd.grad(found[0].square().sum(), parameters[0], retain_graph=True)[0]
+        loop = [torch.autograd.grad(output, parameters[0], g, create_graph=True)[0].square().sum() for g in upstream]
+        torch.testing.assert_close(several, torch.autograd.grad(sum(loop), parameters[0])[0])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_ensemble_by_vmap(mode):
+    """Weights, u and v of several networks stacked: each has its own, and in training mode moves them."""
     models = []
     for seed in range(3):
         torch.manual_seed(seed)
-        models.append(
-            nn.Sequential(fastsn.BSSNConv2d(1, 4, 3, scale=1.3), nn.Flatten(), fastsn.SNLinear(100, 2)).eval()
-        )
+        layers = (fastsn.BSSNConv2d(1, 4, 3, scale=1.3), nn.Flatten(), fastsn.SNLinear(100, 2))
+        models.append(getattr(nn.Sequential(*layers), mode)())
     parameters, buffers = torch.func.stack_module_state(models)
-    base = copy.deepcopy(models[0])
-    x = task()[0][:2]
+    before = {k: b.clone() for k, b in buffers.items()}
+    base, x = copy.deepcopy(models[0]), task()[0][:2]
     outputs = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)
-    for output, model in zip(outputs, models, strict=True):
-        torch.testing.assert_close(output, model(x), rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(b, before[k]) for k, b in buffers.items()) == (mode == "train")
+    for i, model in enumerate(models):
+        torch.testing.assert_close(outputs[i], model(x), rtol=1e-5, atol=1e-6)
+        for name, vector in model.named_buffers():
+            torch.testing.assert_close(buffers[name][i], vector)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch's own rules of forward mode
+@pytest.mark.parametrize("kind", ["layer", "drop-in"])
+def test_forward_mode_in_training_holds_u_and_v_constant(kind):
+    """Like reverse mode; torch's spectral_norm raises here. Hessians are forward over reverse."""
+    torch.manual_seed(0)
+    layer = fastsn.BSSNConv1d(2, 3, 2, scale=1.2) if kind == "layer" else fastsn.spectral_norm(nn.Conv1d(2, 3, 2))
+    layer.double()
+    parameters, x = {k: p.detach() for k, p in layer.named_parameters()}, torch.randn(4, 2, 5, dtype=torch.float64)
+
+    def loss(p: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, (p, state), (x,)).square().sum()
+
+    found, states = [], []
+    for first, second in ((torch.func.jacfwd, torch.func.jacrev), (torch.func.jacrev, torch.func.jacrev)):
+        states.append({k: b.clone() for k, b in layer.named_buffers()})
+        found.append(first(lambda p: loss(p, states[-1]))(parameters))
+        found.append(first(second(lambda p: loss(p, {k: b.clone() for k, b in layer.named_buffers()})))(parameters))
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[3])
+    torch.testing.assert_close(*states)
+    assert all(not torch.equal(b, states[0][k]) for k, b in layer.named_buffers())
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch's own rules of forward mode
