@@ -87,11 +87,13 @@ def train(rank: int, broadcast_buffers: bool, synced: bool, stepped: bool) -> li
     return found
 
 
-def gradients(rank: int, broadcast_buffers: bool, stepped: str) -> None:
-    """Three steps equal those of a single process with all batches joined. ``stepped``: on which module."""
+def gradients(rank: int, options: dict[str, Any], stepped: str, backend: str | None = None) -> None:
+    """Three steps equal those of a single process with all batches joined. ``stepped``: on which module. ``backend``:
+    compiled by it."""
     model = network()
     twin = copy.deepcopy(model)
-    ddp = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
+    ddp = DistributedDataParallel(model, **options)
+    forward = torch.compile(ddp, backend=backend) if backend else ddp
     data = batches(dist.get_world_size())
     joined = data.transpose(0, 1).flatten(1, 2)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
@@ -100,7 +102,7 @@ def gradients(rank: int, broadcast_buffers: bool, stepped: str) -> None:
             optimizer.zero_grad()
         scope = {"module": model, "wrapper": ddp}.get(stepped)
         with fastsn.step(scope) if scope else nullcontext():
-            loss_of(ddp, *data[rank]).backward()
+            loss_of(forward, *data[rank]).backward()
         with fastsn.step(twin) if scope else nullcontext():
             loss_of(twin, *joined).backward()
         assert_same_gradients(model, twin)

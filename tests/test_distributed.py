@@ -39,7 +39,18 @@ def test_without_sync_ranks_keep_different_vectors(two):
 @pytest.mark.parametrize("stepped", ["module", "wrapper", "no"])
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
 def test_two_forwards_and_a_backward_equal_one_process_with_all_data(two, broadcast_buffers, stepped):
-    two(rank_jobs.gradients, broadcast_buffers, stepped)
+    two(rank_jobs.gradients, {"broadcast_buffers": broadcast_buffers}, stepped)
+
+
+@pytest.mark.parametrize("stepped", ["wrapper", "no"])
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_ways_of_ddp_to_walk_the_graph(two, option, stepped):
+    two(rank_jobs.gradients, {option: True}, stepped)
+
+
+@pytest.mark.parametrize("stepped", ["wrapper", "no"])
+def test_ddp_compiled(two, stepped):
+    two(rank_jobs.gradients, {}, stepped, "aot_eager")
 
 
 def test_accumulated_gradients_equal_the_big_batch(two):
