@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -98,3 +99,23 @@ def test_half_precision_modules_train(dtype):
     assert {b.dtype for b in model.buffers()} == {torch.float32}
     fastsn.warm_up(model, 100)
     assert fastsn.sigmas(model)["0"].sigma == pytest.approx(top(model[0].weight, "bssn"), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("how", ["autocast", "autocast in a step", "half module"])
+def test_second_derivatives_are_those_of_full_precision_within_rounding(dtype, how):
+    """The R1 penalty's gradients, through W̄ in half precision twice."""
+    model, (x, _) = discriminator(), task()
+    exact = copy.deepcopy(model)
+    if how == "half module":
+        model.to(dtype)
+    for net, half in ((model, True), (exact, False)):
+        points = x.to(next(net.parameters()).dtype).requires_grad_()
+        cast = torch.autocast("cpu", dtype=dtype, enabled=half and how != "half module")
+        with cast, fastsn.step(net) if "step" in how else nullcontext():
+            output = net(points)
+        (slope,) = torch.autograd.grad(output.float().sum(), points, create_graph=True)
+        slope.float().square().sum().backward()
+    for ours, theirs in zip(list(model.parameters())[:-1], list(exact.parameters())[:-1], strict=True):
+        error = torch.linalg.vector_norm(ours.grad.float() - theirs.grad) / torch.linalg.vector_norm(theirs.grad)
+        assert 0 < float(error) < 4 * torch.finfo(dtype).eps
