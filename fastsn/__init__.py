@@ -40,6 +40,7 @@ from fastsn.layers import (
 from fastsn.model import Sigmas, fold, sigmas, warm_up
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import spectral_norm
+from fastsn.replicas import copy_vectors, sync
 from fastsn.scopes import fuse, step
 from fastsn.variants import VARIANTS
 
@@ -86,10 +87,12 @@ __all__ = [
     "VARIANTS",
     "backends",
     "convert_state_dict",
+    "copy_vectors",
     "fold",
     "fuse",
     "sigmas",
     "spectral_norm",
     "step",
+    "sync",
     "warm_up",
 ]

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsn import ops, reference, views
-from fastsn.backends import chosen
+from fastsn.backends import chosen, transformed
 from fastsn.reference import Vectors
 
 
@@ -134,15 +135,20 @@ def _iterate_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Vectors
     """The vectors after ``n`` rounds: always private copies, for the next forward overwrites the buffers in place."""
     if n == 0:
         return [{view: (u.clone(), v.clone()) for view, (u, v) in job.vectors.items()} for job in jobs]
-    with no_autocast(jobs[0].weight):
+    under_transforms = transformed()
+    # no_grad leaves forward mode on, but an iteration is constant to every derivative.
+    constant = forward_ad._set_fwd_grad_enabled(False) if under_transforms else nullcontext()
+    with constant, no_autocast(jobs[0].weight):
         oiks = [views.as_oik(job.weight, job.dim) for job in jobs]
         new = reference.power_iteration(oiks, [job.vectors for job in jobs], n)
     if store:
         for job, vectors in zip(jobs, new, strict=True):
             for view, pair in vectors.items():
                 for buffer, vector in zip(job.vectors[view], pair, strict=True):
-                    # out= rather than copy_: it also works on captured buffers inside torch.func transforms, as torch's
-                    torch.mul(vector, 1, out=buffer)
+                    if under_transforms and torch._C._functorch.is_batchedtensor(buffer):  # vmap has no rule for out=
+                        buffer.copy_(vector)
+                    else:  # out= also works on captured buffers inside torch.func transforms, as torch's does
+                        torch.mul(vector, 1, out=buffer)
     return new
 
 

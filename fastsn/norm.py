@@ -248,7 +248,12 @@ class SpectralNorm(nn.Module):
     def _scale_repr(self) -> str:
         if not isinstance(self.scale, Tensor):
             return f"{self.scale:.6g}"
-        value = "meta" if self.scale.is_meta else f"{float(self.scale.detach()):.6g}"
+        if self.scale.is_meta:
+            value = "meta"
+        elif hasattr(self.scale, "_local_tensor"):  # FSDP's: its value takes all ranks, and one of them may print alone
+            value = "sharded"
+        else:
+            value = f"{float(self.scale.detach()):.6g}"
         return value + (" (learnable)" if isinstance(self.scale, nn.Parameter) else " (tensor)")
 
 

@@ -322,6 +322,8 @@ def _rescale_backward_autograd(*arguments: Any) -> tuple[list[Tensor], list[Tens
 
 
 LIBRARY.impl("rescale_backward", _rescale_backward_autograd, "Autograd")  # type: ignore[no-untyped-call]
+for _key in ("Batched", "FuncTorchBatched"):  # is_grads_batched=True, and vmap over a backward
+    LIBRARY.impl("rescale_backward", _differentiable_backward, _key)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_vmap("fastsn::rescale", lib=LIBRARY)  # type: ignore[untyped-decorator]

@@ -30,8 +30,9 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
 
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
     them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
-    anew with the block's vectors (a change through ``.data`` is not seen). All uses share one graph, so call
-    ``backward`` once (or keep the graph). Of nested steps the inner one counts; one that an exception leaves has ended.
+    anew with the block's vectors (changes through ``.data`` and by torch's fused optimizers are not seen: end the block
+    before ``optimizer.step()``). All uses share one graph, so call ``backward`` once (or keep the graph). Of nested
+    steps the inner one counts; one that an exception leaves has ended.
 
     Activation checkpointing, reentrant or not: a region that backward runs again, inside the block or after it, gets
     the vectors of its own forward, without another iteration. That holds for the last 16 steps of a model.

@@ -83,7 +83,10 @@ class Hold:
         return self._keep(weight, scale, dtype, self._make(weight, scale, dtype))
 
     def _make(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-        job = Job(weight, self._dim, self.vectors(), scale, dtype, self._impl)
+        vectors = self.vectors()
+        if any(u.device != weight.device for u, _ in vectors.values()):  # of a replica
+            vectors = {view: (u.to(weight.device), v.to(weight.device)) for view, (u, v) in vectors.items()}
+        job = Job(weight, self._dim, vectors, scale, dtype, self._impl)
         with hidden_from_checkpoints() if self._hidden else nullcontext():
             return jobs.normalize([job], 0, False)[0].weight
 

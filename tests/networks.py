@@ -1,4 +1,4 @@
-"""A network with everything in it that whole-model functions meet."""
+"""Networks that several tests use: one with everything that whole-model functions meet, one that learns."""
 
 from __future__ import annotations
 
@@ -32,3 +32,25 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def moved(before: dict[str, Tensor], model: nn.Module) -> set[str]:
     return {k for k, v in model.named_buffers() if not torch.equal(before[k], v)}
+
+
+def discriminator(dtype: torch.dtype = torch.float32, variant: str = "bssn") -> nn.Sequential:
+    """A small one that learns ``task`` in some steps: layers and a drop-in of one variant."""
+    torch.manual_seed(3)
+    scale = {"scale": 1.4} if variant == "bssn" else {}
+    return nn.Sequential(
+        getattr(fastsn, f"{variant.upper()}Conv2d")(1, 8, 3, dtype=dtype, **scale),
+        nn.Tanh(),
+        fastsn.spectral_norm(nn.Conv2d(8, 8, 3, stride=2, dtype=dtype), variant=variant, **scale),
+        nn.Tanh(),
+        nn.Flatten(),
+        getattr(fastsn, f"{variant.upper()}Linear")(32, 1, dtype=dtype, **scale),
+    )
+
+
+def task(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Images with and without a bright corner."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(32, 1, 7, 7, generator=draw)
+    x[::2, :, :3, :3] += 1.5
+    return x.to(dtype), (torch.arange(32) % 2 == 0).to(dtype)[:, None]

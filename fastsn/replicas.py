@@ -1,0 +1,172 @@
+"""Several copies of one model: the ranks of a distributed run, and the averaged copy beside a model that trains."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from fastsn.norm import SpectralNorm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_WRAPPERS = (AveragedModel, DataParallel, DistributedDataParallel)
+
+
+class _Entry(NamedTuple):
+    """What has to agree between ranks before bytes may be sent: which broadcast carries a buffer, and how."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    broadcast: int
+
+
+@torch.no_grad()
+def sync(model: Module, group: ProcessGroup | None = None) -> Module:
+    """Give every rank the vectors of the group's rank 0, in place: u and v of every norm, and tensor scales that are
+    not learnt.
+
+    Ranks that draw from different seeds start with different u and v, and ``DistributedDataParallel`` with
+    ``broadcast_buffers=False`` leaves it at that: same weights, other W̄. After one ``sync`` before training, ranks
+    with equal weights keep equal bits, because the same input gives the same bits everywhere. It does not matter
+    whether the model is wrapped before or after; weights and learnt scales are not touched. Every rank of the group
+    has to call it. One broadcast for each device that holds vectors::
+
+        model = DistributedDataParallel(build(), broadcast_buffers=False)
+        fastsn.sync(model)
+
+    Args:
+        model: a model with the same norms on every rank.
+        group: the ranks that take part; all by default.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuntimeError: torch.distributed is missing or not initialised.
+        TypeError: ``model`` is not a module.
+        ValueError: this rank is not in the group; or, on every rank, models that differ, or vectors on the meta device.
+            No vector has moved.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "sync needs an initialised torch.distributed: call torch.distributed.init_process_group on every rank first"
+        )
+    _check_module(model, "model")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must contain this rank, got one that does not")
+    state = _state(model)
+    devices = list(dict.fromkeys(x.device for x in state.values()))
+    mine = [_Entry(n, (*x.shape,), str(x.dtype), x.device.type, devices.index(x.device)) for n, x in state.items()]
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, mine, group=group)
+    _check_alike(everyones)
+    for device in devices:
+        buffers = [x for x in state.values() if x.device == device]
+        # As bytes: all dtypes in one call, complex ones too, which not every backend sends.
+        parts = [x.reshape(-1).view(torch.uint8) for x in buffers]
+        sent = torch.cat(parts)
+        dist.broadcast(sent, group=group, group_src=0)
+        for buffer, part in zip(buffers, torch.split(sent, [p.numel() for p in parts]), strict=True):
+            buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))  # cloned: a wide dtype must be aligned
+    return model
+
+
+def _check_alike(everyones: list[list[_Entry]]) -> None:
+    """The same ValueError on every rank, or none: a rank that raised alone would leave the others waiting."""
+    for rank, theirs in enumerate(everyones):
+        for entry in theirs:
+            if entry.device == "meta":
+                raise ValueError(f"{entry.name} must have values, got a meta tensor on rank {rank}: materialise it")
+        for first, other in zip_longest(everyones[0], theirs):
+            if first != other:
+                raise ValueError(
+                    f"model must have the same norms on every rank, got {_told(first)} on rank 0 and {_told(other)} "
+                    f"on rank {rank} of the group"
+                )
+
+
+def _told(entry: _Entry | None) -> str:
+    if entry is None:
+        return "nothing"
+    return f"{entry.name} ({entry.dtype}, {list(entry.shape)}, {entry.device} {entry.broadcast})"
+
+
+@torch.no_grad()
+def copy_vectors(source: nn.Module, target: Module) -> Module:
+    """Copy u and v of every norm of ``source`` into the norm of the same name in ``target``, in place.
+
+    For the averaged copy of a model that trains. ``AveragedModel(use_buffers=True)`` averages u and v too, and an
+    average of unit vectors is shorter than 1: evaluation, which takes them as they are, then divides by a sigma that is
+    too small. After each update::
+
+        ema.update_parameters(model)
+        fastsn.copy_vectors(model, ema)
+
+    The vectors then are those of the weights that train, which suits an average that follows closely. For one that
+    lies further away (an equal average of a whole run), and before any evaluation that has to be exact, call
+    ``fastsn.warm_up(ema)``.
+
+    Args:
+        source: the model that trains.
+        target: its copy. Both may be wrapped in AveragedModel, DistributedDataParallel, DataParallel or by
+            ``torch.compile``: names are those inside the wrappers.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: not modules.
+        ValueError: a norm that only one of them has, vectors of other shapes, vectors on the meta device. Nothing has
+            been copied.
+    """
+    for model, argument in ((source, "source"), (target, "target")):
+        _check_module(model, argument)
+    theirs, ours = (
+        {name: x for name, x in _state(_unwrapped(model)).items() if name.rpartition(".")[2] != "scale"}
+        for model in (source, target)
+    )
+    for name in [*theirs, *ours]:
+        if name not in ours or name not in theirs:
+            has, lacks = ("source", "target") if name in theirs else ("target", "source")
+            raise ValueError(f"{lacks} must have the norms of {has}, got none with {name!r}")
+        if theirs[name].shape != ours[name].shape:
+            shapes = [list(x[name].shape) for x in (theirs, ours)]
+            raise ValueError(f"{name!r} of target must have the shape in source, {shapes[0]}, got {shapes[1]}")
+        for argument, found in (("source", theirs), ("target", ours)):
+            if found[name].is_meta:
+                raise ValueError(f"{name!r} of {argument} must have values, got a meta tensor")
+    for name, vector in ours.items():
+        vector.copy_(theirs[name])
+    return target
+
+
+def _check_module(model: object, argument: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """What the norms keep beside Parameters: u and v, and ``scale`` where it is a tensor. Norms that a user's own
+    module calls count like those of layers."""
+    norms = [(path, module) for path, module in model.named_modules() if isinstance(module, SpectralNorm)]
+    return {name: x for path, norm in norms for name, x in norm.named_buffers(prefix=path, recurse=False)}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        compiled = model._modules.get("_orig_mod")  # torch.compile's wrapper, whose class is slow to import
+        inner = model.module if isinstance(model, _WRAPPERS) else compiled
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
