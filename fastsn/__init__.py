@@ -1,6 +1,7 @@
 """fastsn: spectral normalisation (SN, SSN, BSN, BSSN) for PyTorch."""
 
 from fastsn.backends import Backend, backends
+from fastsn.convert import convert
 from fastsn.gpu import register as _register
 from fastsn.layers import (
     BSNConv1d,
@@ -83,6 +84,7 @@ __all__ = [
     "SpectralNorm",
     "VARIANTS",
     "backends",
+    "convert",
     "fold",
     "sigmas",
     "spectral_norm",

@@ -80,9 +80,14 @@ def spectral_norm(
         variant=variant,
         scale=scale,
         impl=impl,
-        follows_autocast=name == "weight" and isinstance(module, nn.Linear | _ConvNd),
+        follows_autocast=follows_autocast(module, name),
     )
     # Registering evaluates once and insists on an unchanged dtype.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
     return module
+
+
+def follows_autocast(module: nn.Module, name: str) -> bool:
+    """Whether autocast would cast this tensor at every use, so that a norm may return it cast."""
+    return name == "weight" and isinstance(module, nn.Linear | _ConvNd)
