@@ -152,6 +152,10 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     if parametrize.is_parametrized(owner, tensor):
         chain_of(owner, tensor).append(norm.train(owner.training))
         return
+    if parametrize.is_parametrized(owner):
+        # Copies of a parametrized module share its class, to which torch is about to add a property: not for them.
+        old = type(owner)
+        owner.__class__ = type(old.__name__, old.__bases__, dict(old.__dict__))
     # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
     original = getattr(owner, tensor)
     setattr(owner, tensor, nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data)

@@ -364,6 +364,22 @@ def test_a_converted_model_can_be_copied_and_saved(wrap):
         pickle.dumps(model)
 
 
+def test_converting_a_copy_leaves_the_original_alone():
+    """Copies of a parametrized module share a class, in which parametrized tensors are properties."""
+    model = parametrizations.spectral_norm(hook(nn.Linear(4, 4)), "bias")
+    clones = [copy.deepcopy(model) for _ in range(2)]
+    x = torch.randn(2, 4)
+    expected = model.eval()(x)
+    for clone in clones:
+        fastsn.convert(clone.eval())
+        torch.testing.assert_close(clone(x), expected)
+        assert "weight" in clone.parametrizations
+    assert torch.equal(model(x), expected)
+    fastsn.fold(clones[0])
+    assert type(clones[0]) is nn.Linear
+    torch.testing.assert_close(clones[1](x), expected)
+
+
 def test_an_lstm_can_be_copied_right_after_converting_though_its_hook_left_a_graph():
     layer, inputs = lstm(hook)
     layer(*inputs)
