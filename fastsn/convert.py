@@ -28,7 +28,6 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 _log = logging.getLogger("fastsn")
 
 
-@torch.no_grad()
 def convert(
     model: Module, variant: str | None = None, scale: float | Tensor | None = None, *, skip: Skip | None = None
 ) -> Module:

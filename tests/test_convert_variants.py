@@ -127,6 +127,22 @@ def test_only_the_new_view_is_drawn_and_it_is_warmed_up():
     torch.testing.assert_close((norm._u_in, norm._v_in), (u, v), rtol=1e-5, atol=1e-6)
 
 
+def test_what_stands_before_a_norm_is_evaluated_outside_of_autocast():
+    class Rotated(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return (torch.ones(4, 4) @ weight.flatten(1)).reshape(weight.shape)
+
+    layer = parametrize.register_parametrization(nn.Conv2d(4, 4, 3), "weight", Rotated())
+    parametrizations.spectral_norm(layer)
+    drawn = []
+    for enabled in (False, True):
+        clone = copy.deepcopy(layer)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            drawn.append(norms(fastsn.convert(clone, "bsn"))[0]._v_in)
+    assert torch.equal(*drawn)
+
+
 def test_vectors_can_be_given_to_a_norm():
     weight = torch.randn(4, 3, 2)
     u, v = torch.randn(4), torch.randn(6)
@@ -181,6 +197,7 @@ def test_a_model_without_any_norm():
     )
     parameters = list(net.parameters())
     net["up"].eval()
+    net["low rank"].eval()
     fastsn.convert(net, "bsn")
     assert set(parameters) == set(net.parameters())
     assert tied.parametrizations.weight.original is embedding.weight
@@ -191,6 +208,8 @@ def test_a_model_without_any_norm():
     assert all(n.dim == 1 and not n.training for n in norms(net["up"]))
     assert all(n.follows_autocast for n in norms(net))
     assert type(net["low rank"].parametrizations.weight[1]) is fastsn.SpectralNorm
+    assert not norms(net["low rank"])[0].training
+    assert not tied.parametrizations.weight.unsafe
     for name, layer in (("tied", tied), ("low rank", net["low rank"])):
         fastsn.warm_up(layer, 500)
         assert top(layer.eval().weight) == pytest.approx(1, rel=1e-5), name
@@ -233,8 +252,9 @@ def test_skip_in_a_model_without_norms_and_of_a_single_norm():
     assert [type(part) for part in layer.parametrizations.weight] == [_SpectralNorm, fastsn.SpectralNorm]
     plain = nn.Linear(3, 3)
     shared = nn.ModuleDict({"a": plain, "b": nn.Sequential(plain), "c": nn.Linear(3, 3)})
-    fastsn.convert(shared, "sn", skip="b")
-    assert type(plain) is nn.Linear
+    for name in ("a", "b", "b.0"):  # any of its names
+        fastsn.convert(shared, "sn", skip=[name])
+        assert type(plain) is nn.Linear
 
 
 def test_names_in_skip_that_no_module_has():
