@@ -2,6 +2,7 @@
 
 from fastsn.backends import Backend, backends
 from fastsn.checkpoints import convert_state_dict
+from fastsn.convert import convert
 from fastsn.gpu import register as _register
 from fastsn.layers import (
     BSNConv1d,
@@ -88,6 +89,7 @@ __all__ = [
     "backends",
     "convert_state_dict",
     "copy_vectors",
+    "convert",
     "fold",
     "fuse",
     "sigmas",

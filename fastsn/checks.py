@@ -88,6 +88,13 @@ def scale(value: object, variant: Variant) -> float | Tensor:
     return value if isinstance(value, Tensor) else float(value)
 
 
+def lengths(found: Sequence[Tensor], sizes: Sequence[int], name: str) -> None:
+    """Raises ValueError unless ``found`` are 1-D tensors of these lengths."""
+    shapes = [tuple(x.shape) for x in found]
+    if shapes != [(n,) for n in sizes]:
+        raise ValueError(f"{name} must have shapes {[(n,) for n in sizes]}, got {shapes}")
+
+
 # The arguments of the list ops: errors name the argument and the position in the list. csrc/ checks the same.
 
 

@@ -46,6 +46,8 @@ class SpectralNorm(nn.Module):
             "triton"; see ``fastsn.backends``.
         follows_autocast: return the weight in the autocast dtype while autocast is on. For weights of operations
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
+        vectors: (u, v) by view, to be held as they are: the same tensors, unless they have to be widened. Only views
+            that are not in it are drawn and iterated. For norms that take the place of others.
 
     Buffers: ``_u`` (O), ``_v`` (I·K) of the view `out`; ``_u_in`` (O·K), ``_v_in`` (I) of the view `in` where the
     variant uses it and K > 1. Unit vectors in float32 (the weight's own dtype if that is wider), which they keep when
@@ -70,6 +72,7 @@ class SpectralNorm(nn.Module):
         scale: float | Tensor = 1.0,
         impl: str = "auto",
         follows_autocast: bool = False,
+        vectors: Vectors | None = None,
     ) -> None:
         super().__init__()
         row = variants.get(variant)
@@ -89,13 +92,18 @@ class SpectralNorm(nn.Module):
         self.holds = Holds()
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
-            oik = views.as_oik(weight.detach(), self.dim)
+            oik, wide = views.as_oik(weight.detach(), self.dim), reference.wide(weight.dtype)
             self.views = views.distinct(row.views, oik)
+            given: Vectors = vectors or {}
             for view in self.views:
-                for name, size in zip(_BUFFERS[view], views.vector_sizes(oik, view), strict=True):
-                    self.register_buffer(name, self._draw(oik.new_empty(size, dtype=reference.wide(oik.dtype))))
-            if not weight.is_meta:
-                self.advance(weight, WARM_UP_ITERATIONS)
+                sizes = views.vector_sizes(oik, view)
+                pair = given[view] if view in given else [self._draw(oik.new_empty(n, dtype=wide)) for n in sizes]
+                checks.lengths(pair, sizes, f"vectors[{view!r}]")
+                for name, vector in zip(_BUFFERS[view], pair, strict=True):
+                    self.register_buffer(name, vector.to(wide))
+            fresh = {view: pair for view, pair in self.vectors().items() if view not in given}
+            if fresh and not weight.is_meta:
+                jobs.iterate(self.job(weight)._replace(vectors=fresh), WARM_UP_ITERATIONS)
 
     def _draw(self, vector: Tensor) -> Tensor:
         return F.normalize(vector.normal_(0, 1), dim=0)

@@ -83,7 +83,7 @@ def spectral_norm(
         variant=variant,
         scale=scale,
         impl=impl,
-        follows_autocast=name == "weight" and isinstance(module, nn.Linear | _ConvNd),
+        follows_autocast=follows_autocast(module, name),
     )
     # Registering evaluates once and insists on an unchanged dtype.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
@@ -102,3 +102,8 @@ def _after_loading(chain: Any, _: Any) -> None:
     for place, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
             part.after_loading(partial(evaluated, chain, place))
+
+
+def follows_autocast(module: nn.Module, name: str) -> bool:
+    """Whether autocast would cast this tensor at every use, so that a norm may return it cast."""
+    return name == "weight" and isinstance(module, nn.Linear | _ConvNd)

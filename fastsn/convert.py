@@ -1,0 +1,227 @@
+"""Existing models: torch's spectral norms become fastsn's, norms change their variant, plain models get norms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fastsn import checks, variants
+from fastsn.hooks import Hook, hooks_of
+from fastsn.layers import Normalised
+from fastsn.norm import SpectralNorm
+from fastsn.places import Layer, Link, Place, Plain
+from fastsn.variants import Variant
+
+Module = TypeVar("Module", bound=nn.Module)
+Skip: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_log = logging.getLogger("fastsn")
+
+
+def convert(
+    model: Module, variant: str | None = None, scale: float | Tensor | None = None, *, skip: Skip | None = None
+) -> Module:
+    r"""Make every spectral norm of a model fastsn's, in place: training goes on where it was, and faster.
+
+    Norms of ``torch.nn.utils.parametrizations.spectral_norm`` and of the older ``torch.nn.utils.spectral_norm`` become
+    parametrizations by ``fastsn.SpectralNorm``, at the same place in their chain. Kept: the Parameters (an optimizer
+    and tied weights stay valid), u and v (the same tensors; in half precision they are widened to float32),
+    n_power_iterations, eps, dim, training modes, and all other hooks and parametrizations. With variant "sn" no vector
+    moves, nothing is drawn, and the numbers are torch's within rounding. "bsn" and "bssn" draw and warm up the second
+    view of convolutions (so convert before wrapping in DistributedDataParallel, which lists the buffers).
+
+    Args:
+        model: any module, also compiled or wrapped.
+        variant: what every norm becomes: "sn", "ssn", "bsn" or "bssn"; those that are fastsn's already, too. None:
+            torch's become "sn", fastsn's are left alone. In a model without any spectral norm a variant is given to
+            the weight of every Linear, Conv1-3d and ConvTranspose1-3d.
+        scale: c of "ssn" and "bssn": a float, a tensor, or a Parameter, which is then shared by all norms (and has to
+            be given to the optimizer). None: as it is, 1 where there was none.
+        skip: what is to be left as it is: a module's name, several, or a function (name, module) -> bool. Each stands
+            for the module and everything in it.
+
+    Left alone as well: ScriptModules and quantised modules, subclasses of torch's and fastsn's classes, norms outside
+    any chain of parametrizations, a tensor that more than one old hook makes or whose weight is complex under the old
+    hook (where torch is wrong), and weights that are no parameter because a hook makes them (the old weight_norm).
+    ``logging.getLogger("fastsn")`` says at level INFO what was done with each tensor, and why not.
+
+    The keys of the state dict become those of torch's parametrization. A model that had the old hook still loads its
+    old checkpoints, ``strict=True`` too ("bsn" and "bssn" miss the vectors of the second view: ``strict=False``, then
+    ``fastsn.warm_up``). The order of ``parameters()`` may change: load an optimizer's state before converting.
+
+    The old hook iterates v first, then u, once per forward of the module. fastsn, like torch's parametrization,
+    iterates u first, then v, once per use of the tensor. After converting from the old hook, training therefore differs
+    by half an iteration, which vanishes as u and v converge; evaluation is the same at once. Vectors that torch has
+    spoilt (zero or not finite) stay so until ``fastsn.warm_up``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: ``model`` is not a module; a sharded DTensor weight; a ``scale`` or ``skip`` of another kind.
+        ValueError: no spectral norm in the model and no variant; nothing that a variant could be given to; an unknown
+            variant; a bad scale; a name in ``skip`` that no module has; a lazy or empty weight.
+
+    Whatever is raised, the model is unchanged.
+
+    Example::
+
+        >>> D = fastsn.convert(D)                              # torch's spectral norms, faster
+        >>> D = fastsn.convert(D, "bssn", scale=1.4)           # another variant, or a model without any
+        >>> D = fastsn.convert(D, "sn", skip=["head", "embed"])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    row = variants.get("sn" if variant is None else variant)
+    if scale is not None:
+        checks.scale(scale, row)
+    ready, fixed = _plan(model, row, variant, scale, _skipped(model, skip))
+    for place, norm in ready:
+        place.take(norm)
+        _log.info("converted %s: %s, now %r", place.where, place.kind, norm.variant)
+    for line in fixed:
+        _log.info("left alone %s", line)
+    return model
+
+
+def _plan(
+    model: nn.Module, row: Variant, variant: str | None, scale: float | Tensor | None, skipped: set[nn.Module]
+) -> tuple[list[tuple[Place, SpectralNorm]], list[str]]:
+    """The norms and the places that they are for, and lines about what stays. Everything that can fail is done here."""
+    found = _find(model, variant)
+    weights: list[tuple[Place, Tensor]] = []
+    for place in found.places:
+        why = "skip" if skipped & place.within() else place.obstacle() or _content(place, variant, scale)
+        if why:
+            found.fixed.append(f"{place.where}: {why}")
+        else:
+            with _named(place):
+                weights.append((place, checks.weight(place.weight(), "the weight")))
+    made: dict[nn.Module, SpectralNorm] = {}
+    # Only after all weights are known to be right: from here on vectors are drawn.
+    return [(place, _norm(place, weight, row, scale, made)) for place, weight in weights], found.fixed
+
+
+class _Found(NamedTuple):
+    """Tensors to convert, and lines about what is known to stay as it is."""
+
+    places: list[Place]
+    fixed: list[str]
+
+
+def _find(model: nn.Module, variant: str | None) -> _Found:
+    """All norms; or, if there are none, the plain layers that the variant is for."""
+    scripts: list[str] = []
+    modules = list(_open_modules(model, scripts))
+    found = _norms(modules)
+    if not (found.places or found.fixed):
+        if variant is None:
+            raise ValueError(
+                "model must have a spectral norm, got one without: pass variant= to normalise all of its Linear, "
+                "convolution and transposed convolution layers"
+            )
+        quantised = [module for _, module in modules if callable(getattr(type(module), "weight", None))]
+        plain = [Plain(name, module) for name, module in modules if isinstance(module, _PLAIN) or module in quantised]
+        found = _Found([*plain], [])
+        if not plain:
+            raise ValueError("model must have a spectral norm or a Linear or convolution layer, got one without")
+    found.fixed.extend(f"{name or type(model).__name__}: a ScriptModule cannot be changed" for name in scripts)
+    return found
+
+
+def _open_modules(model: nn.Module, scripts: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` without the inside of ScriptModules, whose names go to ``scripts``."""
+    closed: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and module not in closed:
+            closed.update(module.modules())
+            scripts.append(name)
+        if module not in closed:
+            yield name, module
+
+
+def _norms(modules: list[tuple[str, nn.Module]]) -> _Found:
+    found, placed = _Found([], []), set[nn.Module]()
+    for name, module in modules:
+        places: list[Place] = [Hook(name, module, key, hook) for key, hook in hooks_of(module).items()]
+        chains = module._modules.get("parametrizations")
+        for tensor, chain in chains.items() if isinstance(chains, nn.ModuleDict) else ():
+            if isinstance(chain, ParametrizationList):
+                links = [i for i, part in enumerate(chain) if isinstance(part, TorchNorm | SpectralNorm)]
+                places += [Link(name, module, tensor, chain, i) for i in links]
+        if isinstance(module, Normalised):
+            places.append(Layer(name, module))
+        placed.update(place.part for place in places if place.part is not None)
+        found.places.extend(places)
+        if isinstance(module, TorchNorm | SpectralNorm) and module not in placed:
+            found.fixed.append(f"{name or type(module).__name__}: a norm that is no parametrization of a tensor")
+    return found
+
+
+def _content(place: Place, variant: str | None, scale: float | Tensor | None) -> str | None:
+    """Why a norm of fastsn's can stay, if so."""
+    if isinstance(place.part, SpectralNorm) and variant is None:
+        return "it is fastsn's"
+    if isinstance(place.part, SpectralNorm) and variant == place.part.variant and scale is None:
+        return f"it is {variant!r}"
+    return None
+
+
+def _norm(
+    place: Place, weight: Tensor, row: Variant, scale: float | Tensor | None, made: dict[nn.Module, SpectralNorm]
+) -> SpectralNorm:
+    """The norm that takes the place; one that several places share is made once."""
+    settings = place.settings()
+    if place.part is not None and place.part in made:
+        made[place.part].follows_autocast &= settings["follows_autocast"]
+        return made[place.part]
+    if scale is None:
+        scale = place.part.scale if isinstance(place.part, SpectralNorm) and row.free_scale else 1.0
+    with _named(place):
+        norm = SpectralNorm(weight, variant=row.name, scale=scale, **settings)
+    if place.part is not None:
+        made[place.part] = norm
+    return norm
+
+
+@contextmanager
+def _named(place: Place) -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, TypeError, ValueError) as error:
+        where = f"{place.where!r} of a {type(place.owner).__name__}"
+        raise type(error)(f"model cannot be converted because of {where}: {error}") from error
+
+
+def _skipped(model: nn.Module, skip: Skip | None) -> set[nn.Module]:
+    """Every module that ``skip`` stands for."""
+    if skip is None:
+        return set()
+    modules = list(model.named_modules(remove_duplicate=False))  # a shared module is known by all of its names
+    if isinstance(skip, str):
+        skip = [skip]
+    if callable(skip) and not isinstance(skip, type | nn.Module):
+        roots = [module for name, module in modules if skip(name, module)]
+    elif isinstance(skip, Iterable) and not isinstance(skip, type | nn.Module):
+        by_name = dict(modules)
+        roots = []
+        for name in skip:
+            if not isinstance(name, str):
+                raise TypeError(f"skip must hold names of modules, got {name!r}")
+            if name not in by_name:
+                near = ", ".join(map(repr, get_close_matches(name, by_name, cutoff=0.4))) or "none"
+                raise ValueError(f"skip must name modules of the model, got {name!r}; names near it: {near}")
+            roots.append(by_name[name])
+    else:
+        raise TypeError(f"skip must be a name, names or a function (name, module) -> bool, got {skip!r}")
+    return {inner for root in roots for inner in root.modules()}
