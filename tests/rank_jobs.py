@@ -69,9 +69,12 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
     torch.testing.assert_close(found, expected, **ALIKE)
 
 
-def train(rank: int, broadcast_buffers: bool, synced: bool, stepped: bool) -> list[tuple[str, str]]:
-    """50 steps from other vectors, scales and data on each rank; digests of u, v and of W̄ at the start of each."""
+def train(rank: int, broadcast_buffers: bool, synced: bool, scope: str) -> list[tuple[str, str]]:
+    """50 steps from other vectors, scales and data on each rank; digests of u, v and of W̄ at the start of each.
+    ``scope``: "step", "fuse" or "no"."""
     model = network(rank, torch.float32)
+    if scope == "fuse":
+        fastsn.fuse(model)
     ddp = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
     if synced:
         assert fastsn.sync(ddp) is ddp
@@ -81,16 +84,18 @@ def train(rank: int, broadcast_buffers: bool, synced: bool, stepped: bool) -> li
         real, fake = batches(dist.get_world_size(), torch.float32, i)[rank]
         found.append((digest(model.buffers()), digest(normalised(model))))
         optimizer.zero_grad()
-        with fastsn.step(model) if stepped else nullcontext():
+        with fastsn.step(model) if scope == "step" else nullcontext():
             loss_of(ddp, real, fake).backward()
         optimizer.step()
     return found
 
 
-def gradients(rank: int, options: dict[str, Any], stepped: str, backend: str | None = None) -> None:
-    """Three steps equal those of a single process with all batches joined. ``stepped``: on which module. ``backend``:
-    compiled by it."""
+def gradients(rank: int, options: dict[str, Any], scope: str, backend: str | None = None) -> None:
+    """Three steps equal those of a single process with all batches joined. ``scope``: the module that is stepped,
+    "fuse" or "no". ``backend``: compiled by it."""
     model = network()
+    if scope == "fuse":
+        fastsn.fuse(model)
     twin = copy.deepcopy(model)
     ddp = DistributedDataParallel(model, **options)
     forward = torch.compile(ddp, backend=backend) if backend else ddp
@@ -100,10 +105,10 @@ def gradients(rank: int, options: dict[str, Any], stepped: str, backend: str | N
     for _ in range(3):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        scope = {"module": model, "wrapper": ddp}.get(stepped)
-        with fastsn.step(scope) if scope else nullcontext():
+        stepped = {"module": model, "wrapper": ddp}.get(scope)
+        with fastsn.step(stepped) if stepped else nullcontext():
             loss_of(forward, *data[rank]).backward()
-        with fastsn.step(twin) if scope else nullcontext():
+        with fastsn.step(twin) if stepped else nullcontext():
             loss_of(twin, *joined).backward()
         assert_same_gradients(model, twin)
         for optimizer in optimizers:

@@ -78,6 +78,32 @@ def fsdp_in_half(rank: int) -> list[str]:
     return [str(x.dtype) for x in model.buffers()]
 
 
+def fsdp_fused(rank: int, first: str) -> None:
+    """A fused model that is sharded as one equals the whole one, whatever came ``first``; sharded layer by layer its
+    weights are no weights yet when its forward begins."""
+    model = shardable()
+    twin = fastsn.fuse(copy.deepcopy(model))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = (
+        fully_shard(fastsn.fuse(model), mesh=mesh) if first == "fuse" else fastsn.fuse(fully_shard(model, mesh=mesh))
+    )
+    data = batches(dist.get_world_size())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model, *data[rank]).backward()
+        loss_of(twin, *data.transpose(0, 1).flatten(1, 2)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+    torch.testing.assert_close(whole, {name: p.detach() for name, p in twin.named_parameters()}, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=1e-6, atol=1e-9)
+    by_layers = fastsn.fuse(sharded(shardable()))
+    with pytest.raises(TypeError, match="0 must be a whole tensor, got a sharded DTensor"):
+        by_layers(data[rank][0])
+
+
 class InOneStep(nn.Module):
     """A network whose own forward holds the step: FSDP gathers before it."""
 

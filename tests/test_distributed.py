@@ -22,35 +22,35 @@ def three(tmp_path_factory):
         yield ranks
 
 
-@pytest.mark.parametrize("stepped", [True, False])
+@pytest.mark.parametrize("scope", ["step", "fuse", "no"])
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
 @pytest.mark.parametrize("size", ["two", "three"])
-def test_after_sync_all_ranks_have_the_same_bits_at_every_step(request, size, broadcast_buffers, stepped):
-    first, *others = request.getfixturevalue(size)(rank_jobs.train, broadcast_buffers, True, stepped)
+def test_after_sync_all_ranks_have_the_same_bits_at_every_step(request, size, broadcast_buffers, scope):
+    first, *others = request.getfixturevalue(size)(rank_jobs.train, broadcast_buffers, True, scope)
     assert all(found == first for found in others)
     assert len(set(first)) == 50  # and they do move
 
 
 def test_without_sync_ranks_keep_different_vectors(two):
-    a, b = two(rank_jobs.train, False, False, True)
+    a, b = two(rank_jobs.train, False, False, "step")
     assert all(x[0] != y[0] and x[1] != y[1] for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("stepped", ["module", "wrapper", "no"])
+@pytest.mark.parametrize("scope", ["module", "wrapper", "fuse", "no"])
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
-def test_two_forwards_and_a_backward_equal_one_process_with_all_data(two, broadcast_buffers, stepped):
-    two(rank_jobs.gradients, {"broadcast_buffers": broadcast_buffers}, stepped)
+def test_two_forwards_and_a_backward_equal_one_process_with_all_data(two, broadcast_buffers, scope):
+    two(rank_jobs.gradients, {"broadcast_buffers": broadcast_buffers}, scope)
 
 
-@pytest.mark.parametrize("stepped", ["wrapper", "no"])
+@pytest.mark.parametrize("scope", ["wrapper", "fuse", "no"])
 @pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
-def test_ways_of_ddp_to_walk_the_graph(two, option, stepped):
-    two(rank_jobs.gradients, {option: True}, stepped)
+def test_ways_of_ddp_to_walk_the_graph(two, option, scope):
+    two(rank_jobs.gradients, {option: True}, scope)
 
 
-@pytest.mark.parametrize("stepped", ["wrapper", "no"])
-def test_ddp_compiled(two, stepped):
-    two(rank_jobs.gradients, {}, stepped, "aot_eager")
+@pytest.mark.parametrize("scope", ["wrapper", "fuse", "no"])
+def test_ddp_compiled(two, scope):
+    two(rank_jobs.gradients, {}, scope, "aot_eager")
 
 
 def test_accumulated_gradients_equal_the_big_batch(two):

@@ -34,6 +34,11 @@ def test_a_step_inside_the_forward_of_a_module_sharded_as_one(two):
     two(sharded_jobs.fsdp_step_in_forward)
 
 
+@pytest.mark.parametrize("first", ["fuse", "shard"])
+def test_a_fused_model_that_is_sharded_as_one(two, first):
+    two(sharded_jobs.fsdp_fused, first)
+
+
 def test_gathered_by_hand_a_model_is_measured_and_warmed_up(two):
     two(sharded_jobs.fsdp_gathered)
 
