@@ -66,7 +66,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
 
     Example::
 
-        >>> state = torch.load("biggan/G.pth")
+        >>> state = torch.load("G.pth")
         >>> model.load_state_dict(fastsn.convert_state_dict(state, to="fastsn"))
     """
     target = layouts.get(to)
