@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastsn import jobs, serving
@@ -88,27 +91,52 @@ def separate(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+class _Forward(NamedTuple):
+    """A forward of a fused model, what ends it, and the call that it is in (None in a graph)."""
+
+    model: nn.Module
+    release: Callable[[], None]
+    call: FrameType | None
+
+
 class _Entered(threading.local):
-    """The forwards of fused models that this thread is in, and what ends each."""
+    """The forwards of fused models that this thread is in."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, Callable[[], None]]] = []
+        self.stack: list[_Forward] = []
 
 
 _entered = _Entered()
 
 
 def _enter(model: nn.Module, _: Any) -> None:
-    _entered.stack.append((model, _normalise_all(model, advance=True, only_free=True)))
+    call = None
+    if not torch.compiler.is_compiling():
+        call = sys._getframe(1)
+        if _entered.stack:
+            _release_abandoned(call)
+    _entered.stack.append(_Forward(model, _normalise_all(model, advance=True, only_free=True), call))
+
+
+def _release_abandoned(call: FrameType | None) -> None:
+    """End what KeyboardInterrupt and its like have left: torch calls no hook then."""
+    running = set()
+    while call is not None:
+        running.add(call)
+        call = call.f_back
+    for forward in reversed(_entered.stack):
+        if forward.call is not None and forward.call not in running:
+            forward.release()
+    _entered.stack[:] = [forward for forward in _entered.stack if forward.call is None or forward.call in running]
 
 
 def _leave(model: nn.Module, *_: Any) -> None:
     # What lies above was entered by forwards that never came to their end.
     stack = _entered.stack
-    while any(entered is model for entered, _ in stack):
-        entered, release = stack.pop()
-        release()
-        if entered is model:
+    while any(forward.model is model for forward in stack):
+        forward = stack.pop()
+        forward.release()
+        if forward.model is model:
             break
 
 
