@@ -38,7 +38,8 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     steps the inner one counts; one that an exception leaves has ended.
 
     Activation checkpointing, reentrant or not: a region that backward runs again, inside the block or after it, gets
-    the vectors of its own forward, without another iteration. That holds for the last 16 steps of a model.
+    the vectors of its own forward, without another iteration. A norm remembers 16 steps, or forwards of a fused model,
+    or uses of its own; a backward that needs more says so by a warning.
 
     Threads: a step counts in the thread that has opened it, and in those that have opened none, as the threads of
     ``DataParallel`` and of ``backward``.
@@ -148,7 +149,7 @@ def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> 
         norm = site.norm
         if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
             continue
-        again = norm.holds.in_force() if run_again else None
+        again = norm.holds.of_the_forward() if run_again else None
         rounds = norm.rounds() if again is None else 0
         groups.setdefault((site.depth, rounds, advance and rounds > 0), []).append((site, weight, again))
     releases: list[Callable[[], None]] = []
@@ -158,16 +159,16 @@ def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> 
             each()
 
     try:
-        with serving.hidden_from_checkpoints():
-            for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
-                # W̄ is made here, in one call, not at the first use. What lies behind other norms is asked for again,
-                # now that those hold.
-                todo = []
+        for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
+            # W̄ is made here, in one call, not at the first use. What lies behind other norms is asked for again, now
+            # that those hold.
+            todo = []
+            with serving.hidden_from_checkpoints():
                 for site, weight, again in found:
                     job = site.norm.job(site.weight() if depth else weight)
                     todo.append(job if again is None else job._replace(vectors=again.vectors()))
                 made = jobs.normalize(todo, rounds, store)
-                releases += [s.norm.hold(w, job, begin) for (s, _, _), w, job in zip(found, made, todo, strict=True)]
+            releases += [s.norm.hold(w, job, begin) for (s, _, _), w, job in zip(found, made, todo, strict=True)]
     except BaseException:
         release()
         raise
