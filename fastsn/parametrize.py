@@ -98,10 +98,10 @@ def brought_up_after_loading(chain: ParametrizationList) -> None:
         chain.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
 
-def _after_loading(chain: Any, _: Any) -> None:
+def _after_loading(chain: Any, keys: Any) -> None:
     for place, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
-            part.after_loading(partial(evaluated, chain, place))
+            part.after_loading(partial(evaluated, chain, place), keys.missing_keys)
 
 
 def follows_autocast(module: nn.Module, name: str) -> bool:
