@@ -171,13 +171,18 @@ class Holds:
         if torch.compiler.is_compiling():
             return self._lasting[-1][1] if self._lasting else None
         task = torch._C._current_graph_task_id()
-        me = threading.get_ident()
-        mine = next((hold for thread, hold in reversed(self._lasting) if thread is None or thread == me), None)
+        if task == -1 and not self._lasting:
+            return None
+        me, mine = threading.get_ident(), None
+        for thread, hold in reversed(self._lasting):
+            if thread is None or thread == me:
+                mine = hold
+                break
         if task != -1 and (mine is None or mine.task != task):
-            hold = self.of_the_forward()
-            if hold is not None and hold.end is not None:
-                self._again.append(hold.repeated())
-            return hold
+            found = self.of_the_forward()
+            if found is not None and found.end is not None:
+                self._again.append(found.repeated())
+            return found
         return mine if mine is not None or not self._lasting else self._lasting[-1][1]
 
     def of_the_forward(self) -> Hold | None:
