@@ -110,9 +110,9 @@ class Normalised(nn.Module):
         return f"{super().extra_repr()}, {self.spectral_norm.extra_repr()}" + ", scale_bias=True" * self.scale_bias
 
 
-def after_loading(layer: Any, _: Any) -> None:
+def after_loading(layer: Any, keys: Any) -> None:
     """A hook of load_state_dict: vectors that the checkpoint lacked are brought to its weight."""
-    layer.spectral_norm.after_loading(lambda: layer.weight)
+    layer.spectral_norm.after_loading(lambda: layer.weight, keys.missing_keys)
 
 
 # The families below are always joined with a torch layer, whose attributes they read: hence self: Any.

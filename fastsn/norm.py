@@ -222,17 +222,21 @@ class SpectralNorm(nn.Module):
         for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
             if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
                 self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
-        # The owner has loaded its weight before, and noted if there was none: then this layer is not in the checkpoint.
-        owner = prefix.rpartition(".")[0].rpartition(".")[0]
-        absent = f"{owner}.weight".lstrip(".") in missing or f"{owner}.original".lstrip(".") in missing
         named = [prefix + name for view in self.views for name in _BUFFERS[view]]
-        self._foreign = not absent and any(name not in state_dict for name in named)
-        if self._foreign:
-            _warn(missing, owner)
+        self._foreign = prefix if any(name not in state_dict for name in named) else None
 
-    def after_loading(self, weight: Callable[[], Tensor]) -> None:
-        """Bring the vectors to a weight that was loaded without them. The owner calls it."""
-        if self.__dict__.pop("_foreign", False):
+    def after_loading(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
+        """Bring the vectors to a weight that was loaded without them. The owner calls it, when all of it is loaded."""
+        prefix = self.__dict__.pop("_foreign", None)
+        if prefix is None:
+            return
+        owner = prefix.rpartition(".")[0].rpartition(".")[0]
+        layer, *chains = (
+            f"{owner}.{name}".lstrip(".") for name in ("weight", "original", "parametrizations.weight.original")
+        )
+        # A weight that is missing too belongs to a layer that is not in the checkpoint.
+        if not any(key == layer or key.startswith(tuple(chains)) for key in missing):
+            _warn(missing, owner)
             value = weight()
             if not (value.is_meta or hasattr(value, "_local_tensor")):
                 self.warm_up(value)

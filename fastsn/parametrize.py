@@ -92,16 +92,24 @@ def spectral_norm(
     return module
 
 
+def take_own_class(module: nn.Module) -> None:
+    """Copies of a parametrized module share its class, which torch changes when it adds or removes a tensor's property:
+    not for them."""
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+
+
 def brought_up_after_loading(chain: ParametrizationList) -> None:
     """Vectors that a checkpoint lacks are brought to its weight."""
     if _after_loading not in chain._load_state_dict_post_hooks.values():
         chain.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
 
-def _after_loading(chain: Any, _: Any) -> None:
+def _after_loading(chain: Any, keys: Any) -> None:
     for place, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
-            part.after_loading(partial(evaluated, chain, place))
+            part.after_loading(partial(evaluated, chain, place), keys.missing_keys)
 
 
 def follows_autocast(module: nn.Module, name: str) -> bool:

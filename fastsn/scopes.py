@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastsn import jobs, serving
@@ -35,7 +38,8 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     steps the inner one counts; one that an exception leaves has ended.
 
     Activation checkpointing, reentrant or not: a region that backward runs again, inside the block or after it, gets
-    the vectors of its own forward, without another iteration. That holds for the last 16 steps of a model.
+    the vectors of its own forward, without another iteration. A norm remembers 16 steps, or forwards of a fused model,
+    or uses of its own; a backward that needs more says so by a warning.
 
     Threads: a step counts in the thread that has opened it, and in those that have opened none, as the threads of
     ``DataParallel`` and of ``backward``.
@@ -88,27 +92,52 @@ def separate(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+class _Forward(NamedTuple):
+    """A forward of a fused model, what ends it, and the call that it is in (None in a graph)."""
+
+    model: nn.Module
+    release: Callable[[], None]
+    call: FrameType | None
+
+
 class _Entered(threading.local):
-    """The forwards of fused models that this thread is in, and what ends each."""
+    """The forwards of fused models that this thread is in."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, Callable[[], None]]] = []
+        self.stack: list[_Forward] = []
 
 
 _entered = _Entered()
 
 
 def _enter(model: nn.Module, _: Any) -> None:
-    _entered.stack.append((model, _normalise_all(model, advance=True, only_free=True)))
+    call = None
+    if not torch.compiler.is_compiling():
+        call = sys._getframe(1)
+        if _entered.stack:
+            _release_abandoned(call)
+    _entered.stack.append(_Forward(model, _normalise_all(model, advance=True, only_free=True), call))
+
+
+def _release_abandoned(call: FrameType | None) -> None:
+    """End what KeyboardInterrupt and its like have left: torch calls no hook then."""
+    running = set()
+    while call is not None:
+        running.add(call)
+        call = call.f_back
+    for forward in reversed(_entered.stack):
+        if forward.call is not None and forward.call not in running:
+            forward.release()
+    _entered.stack[:] = [forward for forward in _entered.stack if forward.call is None or forward.call in running]
 
 
 def _leave(model: nn.Module, *_: Any) -> None:
     # What lies above was entered by forwards that never came to their end.
     stack = _entered.stack
-    while any(entered is model for entered, _ in stack):
-        entered, release = stack.pop()
-        release()
-        if entered is model:
+    while any(forward.model is model for forward in stack):
+        forward = stack.pop()
+        forward.release()
+        if forward.model is model:
             break
 
 
@@ -120,7 +149,7 @@ def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> 
         norm = site.norm
         if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
             continue
-        again = norm.holds.in_force() if run_again else None
+        again = norm.holds.of_the_forward() if run_again else None
         rounds = norm.rounds() if again is None else 0
         groups.setdefault((site.depth, rounds, advance and rounds > 0), []).append((site, weight, again))
     releases: list[Callable[[], None]] = []
@@ -130,16 +159,16 @@ def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> 
             each()
 
     try:
-        with serving.hidden_from_checkpoints():
-            for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
-                # W̄ is made here, in one call, not at the first use. What lies behind other norms is asked for again,
-                # now that those hold.
-                todo = []
+        for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
+            # W̄ is made here, in one call, not at the first use. What lies behind other norms is asked for again, now
+            # that those hold.
+            todo = []
+            with serving.hidden_from_checkpoints():
                 for site, weight, again in found:
                     job = site.norm.job(site.weight() if depth else weight)
                     todo.append(job if again is None else job._replace(vectors=again.vectors()))
                 made = jobs.normalize(todo, rounds, store)
-                releases += [s.norm.hold(w, job, begin) for (s, _, _), w, job in zip(found, made, todo, strict=True)]
+            releases += [s.norm.hold(w, job, begin) for (s, _, _), w, job in zip(found, made, todo, strict=True)]
     except BaseException:
         release()
         raise

@@ -4,10 +4,12 @@ checkpointed region once more."""
 from __future__ import annotations
 
 import threading
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +33,11 @@ class Hold:
 
     ``begin`` and ``end`` count the nodes of the autograd graph that this thread had made by then: they tell which hold
     a node's forward belonged to. ``end`` is None while it lasts. A single use fixes vectors too, for the backward of
-    its forward: without ``made``, its W̄, the hold is over as it begins.
+    its forward: without ``made``, its W̄, the hold is over as it begins. ``region``: the checkpoint that it began in, if
+    that is not reentrant. ``task``: the backward that it began in, -1 outside.
     """
 
-    __slots__ = ("_dim", "_fixed", "_hidden", "_impl", "_made", "_traced", "begin", "end")
+    __slots__ = ("_dim", "_fixed", "_hidden", "_impl", "_made", "_traced", "begin", "end", "region", "task")
 
     def __init__(self, fixed: Fixed, job: Job, begin: int, made: Tensor | None = None) -> None:
         self.begin = begin
@@ -42,6 +45,8 @@ class Hold:
         self._fixed, self._dim, self._impl = fixed, job.dim, job.impl
         self._hidden = made is not None
         self._traced = torch.compiler.is_compiling()
+        self.region = None if self._traced else _region()
+        self.task = -1 if self._traced else torch._C._current_graph_task_id()
         self._made: dict[torch.dtype, _Served] = {}
         if made is not None:
             self._keep(job.weight, job.scale, job.dtype, made)
@@ -51,12 +56,18 @@ class Hold:
         self.end = torch._C._autograd._get_sequence_nr()
         self._made.clear()
 
-    def distance(self, node: int) -> int:
-        """0: the node was made in it; 1: directly before it, as a reentrant checkpoint makes its node before the region
-        runs, which makes none; 2: after it, in a region that went on."""
-        if self.begin <= node and (self.end is None or node < self.end):
-            return 0
-        return 1 if node == self.begin - 1 else 2
+    def repeated(self) -> Hold:
+        """A single use of the same vectors, now."""
+        again = Hold.__new__(Hold)
+        again.begin = again.end = torch._C._autograd._get_sequence_nr()
+        again._fixed, again._dim, again._impl, again._hidden = self._fixed, self._dim, self._impl, self._hidden
+        again._traced, again._made = False, {}
+        again.region, again.task = _region(), torch._C._current_graph_task_id()
+        return again
+
+    def around(self, node: int) -> bool:
+        """Whether it lasted when the node was made."""
+        return self.begin <= node and (self.end is None or node < self.end)
 
     def vectors(self) -> Vectors:
         """Those that are fixed."""
@@ -66,9 +77,8 @@ class Hold:
         """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
         that is wanted is not the one that was made; then one made anew with the vectors of the hold."""
         # A graph cannot ask whether a weight has changed since the hold was opened, unless that happened in the graph.
-        # A reentrant region has a backward of its own, through its own W̄.
         foreign = not self._traced and torch.compiler.is_compiling()
-        if foreign or self.end is not None or (not self._traced and run_again() and not _hooks()):
+        if foreign or self.end is not None or (not self._traced and self._of_another_backward()):
             return self._make(weight, scale, dtype)
         served = self._made.get(dtype)
         if (
@@ -81,6 +91,11 @@ class Hold:
         ):
             return served.value
         return self._keep(weight, scale, dtype, self._make(weight, scale, dtype))
+
+    def _of_another_backward(self) -> bool:
+        """A reentrant region has a backward of its own, through its own W̄; one that is not only fills in values."""
+        task = torch._C._current_graph_task_id()
+        return task not in (-1, self.task) and _region() is None
 
     def _make(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         vectors = self.vectors()
@@ -104,6 +119,9 @@ class Holds:
     def __init__(self, lasting: Iterable[tuple[int | None, Hold]] = ()) -> None:
         self._lasting = list(lasting)
         self._ended: deque[Hold] = deque(maxlen=REMEMBERED)
+        self._again: deque[Hold] = deque(maxlen=REMEMBERED)  # for regions in regions; they must not push out the others
+        self._forgotten = -1  # begin of the newest that is in neither
+        self._asked: tuple[Any, int] = (None, 0)
 
     def __bool__(self) -> bool:
         return bool(self._lasting)
@@ -127,39 +145,75 @@ class Holds:
         if self._lasting[-1][1] is hold:
             self._lasting.pop()
         else:
-            self._lasting = [entry for entry in self._lasting if entry[1] is not hold]
+            # Other threads open and close theirs meanwhile: each step has to be one for the interpreter.
+            self._lasting.remove(next(entry for entry in list(self._lasting) if entry[1] is hold))
         if not torch.compiler.is_compiling():
             hold.close()
-            self._ended.append(hold)
+            self._remember(hold)
 
     def remember(self, fixed: Fixed, job: Job, begin: int) -> None:
         """A single use, in case that backward runs it again."""
         if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
-            self._ended.append(Hold(fixed, job, begin))
+            self._remember(Hold(fixed, job, begin))
+
+    def _remember(self, hold: Hold) -> None:
+        if hold.task != -1:
+            self._again.append(hold)
+            return
+        self._again.clear()
+        if len(self._ended) == REMEMBERED:
+            self._forgotten = self._ended[0].begin
+        self._ended.append(hold)
 
     def in_force(self) -> Hold | None:
         """What a use is served by: where backward runs a region again, the hold that its forward had; otherwise this
         thread's newest, or the newest of all, so that the threads of replicas and of backward are served too."""
         if torch.compiler.is_compiling():
             return self._lasting[-1][1] if self._lasting else None
-        if torch._C._current_graph_task_id() != -1:
-            return self._of_the_forward()
-        if not self._lasting:
+        task = torch._C._current_graph_task_id()
+        if task == -1 and not self._lasting:
             return None
-        me = threading.get_ident()
+        me, mine = threading.get_ident(), None
         for thread, hold in reversed(self._lasting):
             if thread is None or thread == me:
-                return hold
-        return self._lasting[-1][1]
+                mine = hold
+                break
+        if task != -1 and (mine is None or mine.task != task):
+            found = self.of_the_forward()
+            if found is not None and found.end is not None:
+                self._again.append(found.repeated())
+            return found
+        return mine if mine is not None or not self._lasting else self._lasting[-1][1]
 
-    def _of_the_forward(self) -> Hold | None:
-        """The hold that lasted when the node was made that backward is at; of several the newest."""
-        node = torch._C._current_autograd_node()
+    def of_the_forward(self) -> Hold | None:
+        """Inside a backward, the hold that the forward had of the region that runs once more. Where a region has had
+        several, each call gives the next."""
+        node, region = torch._C._current_autograd_node(), _region()
         at = -1 if node is None else node._sequence_nr()
-        known = [hold for hold in (*self._ended, *(hold for _, hold in self._lasting)) if hold.begin - 1 <= at]
-        if not known:
-            return self._lasting[-1][1] if self._lasting else None
-        return min(known, key=lambda hold: (hold.distance(at), -hold.begin))
+        known = sorted((*self._ended, *self._again, *(hold for _, hold in self._lasting)), key=lambda hold: hold.begin)
+        before = [hold for hold in known if hold.begin <= at]
+        newest = next((hold for hold in reversed(before) if hold.around(at)), before[-1] if before else None)
+        if region is None and isinstance(node, torch.autograd.function.FunctionCtx):
+            # A reentrant checkpoint makes its node, then runs the region, which makes none that is differentiated.
+            forgotten = at < self._forgotten
+            own = [] if newest is not None and newest.around(at) else [hold for hold in known if hold.begin > at]
+        else:
+            # What needs a tensor of a region that is not reentrant is a node of the region.
+            forgotten = newest is None and self._forgotten != -1
+            own = [h for h in known if h.region == newest.region] if newest is not None and newest.region else []
+        if forgotten:
+            warnings.warn(
+                f"backward runs a region again whose forward was more than {REMEMBERED} uses of a norm ago: its "
+                "vectors are no longer known, the gradient will be that of later ones",
+                stacklevel=2,
+            )
+            return newest or known[0]
+        if not own:
+            return newest or (self._lasting[-1][1] if self._lasting else None)
+        key = (torch._C._current_graph_task_id(), at, region)
+        count = self._asked[1] + 1 if self._asked[0] == key else 0
+        self._asked = (key, count)
+        return own[min(count, len(own) - 1)]
 
 
 def run_again() -> bool:
@@ -177,12 +231,22 @@ def hidden_from_checkpoints() -> AbstractContextManager[object]:
     it runs again, W̄ may already be there. What is saved in here is kept as it is."""
     if torch.compiler.is_compiling() or not _hooks():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    return torch.autograd.graph.saved_tensors_hooks(_detached, _as_it_is)
 
 
 def _hooks() -> bool:
     """Whether somebody sees the tensors that are saved here, as checkpoints do that are not reentrant."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _region() -> weakref.ref[Any] | None:
+    """What stands for the checkpoint that this runs in, for the first time or again, unless it is reentrant."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return weakref.ref(hooks[0]) if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
+
+
+def _detached(saved: Tensor) -> Tensor:
+    return saved.detach()  # with its graph, an output that its own node saves would never be freed
 
 
 def _as_it_is(saved: Tensor) -> Tensor:

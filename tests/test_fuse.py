@@ -180,18 +180,20 @@ def test_inside_a_step_a_fused_model_is_served_by_the_step():
 class Fails(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers, self.fails = chain(), True
+        self.layers, self.fails, self.kind = chain(), True, KeyError
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers[0](x)
         if self.fails:
-            raise KeyError("in the middle")
+            raise self.kind("in the middle")
         return self.layers[1:](x)
 
 
-def test_an_exception_inside_the_forward_leaves_nothing_behind():
+@pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt])
+def test_an_exception_inside_the_forward_leaves_nothing_behind(kind):
     model, x = fastsn.fuse(Fails()), image()
-    with pytest.raises(KeyError, match="in the middle"):
+    model.kind = kind
+    with pytest.raises(kind, match="in the middle"):
         model(x)
     with torch.no_grad():
         model.layers[0].weight.mul_(3)
@@ -199,7 +201,25 @@ def test_an_exception_inside_the_forward_leaves_nothing_behind():
     twin = Fails()
     twin.load_state_dict(model.state_dict())
     twin.fails = False
-    assert torch.equal(model(x), twin(x))
+    for _ in range(2):
+        assert torch.equal(model(x), twin(x))
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_a_forward_inside_a_forward_of_the_same_model_is_served_by_the_outer_one():
+    class Recursive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = chain(1)[0]
+
+        def forward(self, x: Tensor, depth: int = 3) -> Tensor:
+            y = self.layer(x)
+            return self.layer(self(y, depth - 1)) if depth else y
+
+    model = fastsn.fuse(Recursive())
+    with Counted() as counted:
+        model(image())
+    assert counted.names == ["power_iteration_", "rescale"]
 
 
 def test_a_weight_that_cannot_be_normalised_leaves_nothing_behind():

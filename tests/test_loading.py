@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import fastsn
 
@@ -116,3 +117,27 @@ def test_copies_and_folded_layers_load():
     folded = fastsn.fold(target)
     folded.load_state_dict(folded.state_dict())
     assert all(not module._load_state_dict_post_hooks for module in folded.modules())
+
+
+@pytest.mark.parametrize("before", [parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize("after", [fastsn.spectral_norm, None])
+def test_a_weight_that_other_parametrizations_make(before, after):
+    """Of a layer, or with the norm in the same chain: absent from one checkpoint, without vectors in another."""
+    layer = before(fastsn.SNLinear(5, 5) if after is None else nn.Linear(5, 5))
+    net = nn.Sequential(layer if after is None else after(layer), nn.Linear(5, 2))
+    vectors = {k: v.clone() for k, v in net.state_dict().items() if k.endswith(("_u", "_v"))}
+    assert len(vectors) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.load_state_dict({k: v for k, v in net.state_dict().items() if k.startswith("1")}, strict=False)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in vectors.items())
+    with pytest.warns(UserWarning, match="no u and v"):
+        net.load_state_dict(without_vectors(net.state_dict()), strict=False)
+    assert not all(torch.equal(net.state_dict()[k], v) for k, v in vectors.items())
+
+
+def test_a_norm_without_an_owner_that_could_bring_its_vectors_to_a_weight_promises_nothing():
+    norm = fastsn.SpectralNorm(torch.randn(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert norm.load_state_dict({}, strict=False).missing_keys == ["_u", "_v"]

@@ -164,6 +164,15 @@ def test_fold_of_a_tensor_that_parametrizations_build_from_several():
     assert torch.equal(layer(x), expected)
 
 
+def test_fold_of_a_copy_leaves_the_original_alone():
+    net, x = network().eval(), batch()
+    expected = net(x)
+    folded = fastsn.fold(copy.deepcopy(net))
+    assert torch.equal(folded(x), expected)
+    assert torch.equal(net(x), expected)
+    assert torch.equal(fastsn.fold(net)(x), expected)
+
+
 def test_fold_leaves_tied_raw_weights_alone():
     raw = nn.Linear(4, 4)
     tied = nn.Linear(4, 4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -78,8 +80,7 @@ def compare(net: nn.Module, twin: nn.Module) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradients_and_vectors_are_those_without_checkpointing(scope, run, reentrant):
     """Two forwards, then one backward, after the step."""
-    # Of one layer used twice in a region, single uses give both times the vectors of the last.
-    net = without_shared() if scope == "single uses" else model()
+    net = model()
     if run is segments:
         net = Segments(net, None)
     if scope == "fuse":
@@ -163,3 +164,110 @@ def test_a_checkpointed_use_in_frozen_layers():
     twin(y).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), twin.buffers(), strict=True))
+
+
+def one_after_the_other(run: Run, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """No node of the graph lies between the two."""
+    first, second = run(net, x), net(y)
+    return first.square().sum() + second.square().sum()
+
+
+def regions_that_go_on(run: Run, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    first, second = (run(lambda z: net(z).tanh(), z) for z in (x, y))
+    return first.square().sum() + second.sum()
+
+
+def two_forwards_in_a_region(run: Run, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return run(lambda x, y: net(x).square().sum() + net(y).tanh().sum(), x, y)
+
+
+def forwards_without_a_graph(run: Run, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    first = run(net, x)
+    with torch.no_grad():
+        net(y)
+    return first.square().sum() + run(net, y).sum()
+
+
+def regions_in_regions(run: Run, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return run(lambda z: run(net, z).tanh(), x).sum() + run(lambda z: run(net, z).sin(), y).sum()
+
+
+def many(run: Run, net: nn.Module, x: Tensor, y: Tensor, forwards: int = 14) -> Tensor:
+    return sum(run(lambda z: net(z).tanh(), (x + y) * i / 10).sum() for i in range(1, forwards + 1))
+
+
+LOSSES = [one_after_the_other, regions_that_go_on, two_forwards_in_a_region]
+LOSSES += [forwards_without_a_graph, regions_in_regions, many]
+
+
+def far_from_converged(net: nn.Module) -> nn.Module:
+    """With vectors that every forward moves far, so that those of another forward give another gradient."""
+    for buffer in net.buffers():
+        buffer.copy_(nn.functional.normalize(torch.randn_like(buffer), dim=0))
+    return net
+
+
+@pytest.mark.parametrize("scope", ["step", "fuse", "single uses"])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_every_region_gets_the_vectors_of_its_own_forward(scope, loss, reentrant):
+    net = far_from_converged(without_shared() if loss is many else model())
+    if scope == "fuse":
+        fastsn.fuse(net)
+    twin, points = copy.deepcopy(net), [image() for _ in range(4)]
+    points[2].data.copy_(points[0].data)
+    points[3].data.copy_(points[1].data)
+    step = fastsn.step if scope == "step" else no_scope
+    with step(net):
+        found = loss(lambda f, *z: checkpoint(f, *z, use_reentrant=reentrant), net, *points[:2])
+    with step(twin):
+        expected = loss(lambda f, *z: f(*z), twin, *points[2:])
+    found.backward()
+    expected.backward()
+    compare(net, twin)
+    for a, b in zip(points[:2], points[2:], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_that_is_too_long_ago_is_reported_and_moves_no_vector(fused, reentrant):
+    net, x, y = far_from_converged(without_shared()), image(), image()
+    if fused:
+        fastsn.fuse(net)
+    loss = many(lambda f, z: checkpoint(f, z, use_reentrant=reentrant), net, x, y, 18)
+    before = [buffer.clone() for buffer in net.buffers()]
+    with pytest.warns(UserWarning, match="more than 16 uses of a norm ago"):
+        loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_hooks_of_others_that_see_saved_tensors(reentrant):
+    net = far_from_converged(Segments(model(), reentrant))
+    twin, x = copy.deepcopy(net), image()
+    twin.reentrant = None
+    for each in (net, twin):
+        with torch.autograd.graph.save_on_cpu(), fastsn.step(each):
+            (each(x).square().sum() + each(-x).sum()).backward()
+    compare(net, twin)
+
+
+@pytest.mark.parametrize("scope", ["step", "fuse"])
+def test_a_region_that_no_backward_follows_is_freed(scope):
+    """By reference counts alone: the garbage collector cannot see into a graph."""
+    layer = fastsn.SNLinear(3, 3)
+    net = fastsn.fuse(nn.Sequential(layer)) if scope == "fuse" else nn.Sequential(layer)
+    used: list[weakref.ref] = []
+    layer.register_forward_hook(lambda module, *_: used.append(weakref.ref(module.normalised()[0])))
+    gc.disable()
+    try:
+        with fastsn.step(net) if scope == "step" else nullcontext(), torch.autograd.graph.save_on_cpu():
+            checkpoint(net, torch.ones(1, 3), use_reentrant=False)
+            with torch.no_grad():
+                layer.weight.mul_(2)
+            checkpoint(net, torch.ones(1, 3), use_reentrant=False)
+        assert len(used) == 2
+        assert all(weight() is None for weight in used)
+    finally:
+        gc.enable()
