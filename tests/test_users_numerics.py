@@ -78,8 +78,11 @@ def test_row_13_nobody_asks_whether_a_weight_is_bad(bad, impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_row_14_autocast_reaches_the_result_and_not_the_iteration(dtype):
-    inside = nn.Sequential(fastsn.BSSNConv2d(3, 8, 3, scale=1.4), fastsn.spectral_norm(nn.Conv2d(8, 4, 3)))
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_row_14_autocast_reaches_the_result_and_not_the_iteration(impl, dtype):
+    inside = nn.Sequential(
+        fastsn.BSSNConv2d(3, 8, 3, scale=1.4, impl=impl), fastsn.spectral_norm(nn.Conv2d(8, 4, 3), impl=impl)
+    )
     outside, x = copy.deepcopy(inside), torch.randn(2, 3, 7, 7)
     for _ in range(3):
         outside(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from op_calls import call
 from shapes import drawn
 
 TORCH = parametrizations.spectral_norm
+IMPLS = ["reference", "auto"]
 WRAPPERS = {"torch": TORCH, "fastsn": fastsn.spectral_norm}
 
 
@@ -146,6 +148,7 @@ def test_row_05_folded_nothing_is_left_to_compute_and_the_output_has_the_same_bi
     with Counted() as ours, Counted("aten") as rest:
         assert torch.equal(model(x), expected)
     assert ours.names == []
+    assert not model._forward_pre_hooks
     assert set(rest.names) <= {"convolution", "equal", "_local_scalar_dense", "detach"}
 
 
@@ -203,13 +206,14 @@ def three_and_a_penalty(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).sum() + model(-x).square().sum() + slope.square().sum()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss", [hinge, around_evaluation, three_and_a_penalty])
-def test_row_06_several_forwards_then_backward(loss):
+def test_row_06_several_forwards_then_backward(loss, impl):
     """The numbers of torch's parametrization; torch's hook cannot do all of it."""
     x = torch.randn(4, 6, dtype=torch.float64)
     ours, theirs = (
         nn.Sequential(wrap(nn.Linear(6, 5, dtype=x.dtype)), nn.Tanh(), wrap(nn.Linear(5, 2, dtype=x.dtype)))
-        for wrap in (fastsn.spectral_norm, TORCH)
+        for wrap in (partial(fastsn.spectral_norm, impl=impl), TORCH)
     )
     matched(ours, theirs)
     for model in (ours, theirs):
@@ -282,9 +286,10 @@ LAYERS = {
 
 @pytest.mark.parametrize("variant", ["sn", "bssn"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_row_09_first_and_second_derivatives(kind, variant):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_row_09_first_and_second_derivatives(kind, variant, impl):
     """In evaluation, where u and v stand still for finite differences too."""
-    layer = fastsn.spectral_norm(LAYERS[kind](), variant=variant, scale=1.0 if variant == "sn" else 1.4)
+    layer = fastsn.spectral_norm(LAYERS[kind](), variant=variant, scale=1.0 if variant == "sn" else 1.4, impl=impl)
     norm, weight = layer.parametrizations.weight[0].eval(), original(layer).detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda w: norm(w) * norm(w).sin(), weight)
     assert torch.autograd.gradgradcheck(lambda w: norm(w) * norm(w).sin(), weight)
@@ -311,9 +316,10 @@ def test_row_09_a_gradient_penalty_equals_that_through_plain_torch(variant):
     assert w.grad.abs().max() > 1e-3
 
 
-def test_row_10_the_gradient_is_the_closed_form_and_the_weight_is_never_written():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_row_10_the_gradient_is_the_closed_form_and_the_weight_is_never_written(impl):
     """u and v are constants, sigma is not."""
-    layer = fastsn.spectral_norm(nn.Linear(6, 5, dtype=torch.float64))
+    layer = fastsn.spectral_norm(nn.Linear(6, 5, dtype=torch.float64), impl=impl)
     w, norm, upstream = original(layer), layer.parametrizations.weight[0], torch.randn(5, 6, dtype=torch.float64)
     before, version = w.detach().clone(), w._version
     layer.weight.backward(upstream)
