@@ -85,6 +85,7 @@ def spectral_norm(
         impl=impl,
         follows_autocast=follows_autocast(module, name),
     )
+    own_class(module)
     # Registering evaluates once and insists on an unchanged dtype.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
@@ -92,9 +93,9 @@ def spectral_norm(
     return module
 
 
-def take_own_class(module: nn.Module) -> None:
-    """Copies of a parametrized module share its class, which torch changes when it adds or removes a tensor's property:
-    not for them."""
+def own_class(module: nn.Module) -> None:
+    """Copies of a parametrized module share its class, where torch adds and deletes the property of a tensor. After
+    this, what it does there is done to no copy."""
     if parametrize.is_parametrized(module):
         shared = type(module)
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))

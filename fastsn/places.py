@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fastsn import jobs, layers, variants, views
 from fastsn.layers import Normalised
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import brought_up_after_loading, follows_autocast, take_own_class
+from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
 from fastsn.sites import evaluated
 
 
@@ -154,7 +154,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
         chain_of(owner, tensor).append(norm.train(owner.training))
         brought_up_after_loading(chain_of(owner, tensor))
         return
-    take_own_class(owner)
+    own_class(owner)
     # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
     original = getattr(owner, tensor)
     setattr(owner, tensor, nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data)

@@ -209,3 +209,15 @@ def test_the_default_device_is_not_that_of_the_model():
             pass
         fastsn.fold(nets[1])
     assert found == expected
+
+
+@pytest.mark.parametrize("folded", ["the copy", "the original"])
+def test_fold_leaves_copies_alone(folded):
+    """They share the class that parametrizing has made, and the property of the tensor is in it."""
+    model = nn.Sequential(fastsn.spectral_norm(nn.Linear(4, 3)), fastsn.SNLinear(3, 2))
+    clone, x = copy.deepcopy(model), torch.randn(2, 4)
+    gone, left = (clone, model) if folded == "the copy" else (model, clone)
+    fastsn.fold(gone)
+    left(x).sum().backward()
+    expected = left.eval()(x)
+    assert torch.equal(fastsn.fold(left)(x), expected)

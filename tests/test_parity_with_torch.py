@@ -230,6 +230,15 @@ def test_deepcopy_works_and_pickle_says_what_torch_says():
     assert errors[0] == errors[1]
 
 
+def test_a_second_tensor_of_a_copy_is_no_matter_of_the_original():
+    """torch's registration takes ``bias`` from the original: both have one class."""
+    layer = fastsn.spectral_norm(nn.Linear(3, 4))
+    clone = fastsn.spectral_norm(copy.deepcopy(layer), "bias")
+    assert isinstance(layer.bias, nn.Parameter)
+    assert float(clone.bias.detach().norm()) == pytest.approx(1)
+    assert layer(torch.randn(2, 3)).shape == clone(torch.randn(2, 3)).shape
+
+
 def test_functional_call_moves_the_buffers_it_is_given():
     layer = fastsn.spectral_norm(nn.Linear(30, 40))
     state = {k: v.detach().clone() for k, v in layer.state_dict().items()}

@@ -1,0 +1,37 @@
+"""What a block of code asks torch's dispatcher for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Each of them makes the host wait for the device, which also ends the capture of a CUDA graph.
+SYNCS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"}
+
+
+class Counted(TorchDispatchMode):
+    """The names of a namespace's ops, as they are dispatched: fastsn's or torch's ("aten"). What an op calls inside is
+    not among them: the C++ kernels may read numbers, for theirs are on the host."""
+
+    def __init__(self, namespace: str = "fastsn") -> None:
+        super().__init__()
+        self.namespace = namespace
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == self.namespace:
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The names of all ops in a block, with those that they call inside, once it has ended."""
+    names: list[str] = []
+    with profile(use_cpu=True) as found:
+        yield names
+    names += [event.name.removeprefix("aten::") for event in found.function_events]

@@ -1,0 +1,117 @@
+"""What users of spectral norms suffer from, row by row: several processes, and graphs that a GPU replays."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import fastsn
+import rank_jobs
+import user_jobs
+from dispatched import SYNCS, Counted
+from op_calls import call
+from ranks import started
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    with started(2, tmp_path_factory.mktemp("two")) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("broadcast_buffers", [True, False])
+def test_row_19_ddp_with_evaluation_between_two_forwards(two, broadcast_buffers):
+    two(user_jobs.mixed_modes, broadcast_buffers)
+
+
+@pytest.mark.parametrize("broadcast_buffers", [True, False])
+def test_row_19_ddp_with_two_forwards_and_optimizer_steps(two, broadcast_buffers):
+    two(rank_jobs.gradients, {"broadcast_buffers": broadcast_buffers}, "no")
+
+
+def test_row_20_after_sync_ranks_of_other_seeds_have_the_same_bits(two):
+    first, second = two(user_jobs.other_seeds, True)
+    assert first == second
+    assert len(set(first)) == 50  # it trains
+    first, second = two(user_jobs.other_seeds, False)
+    assert not set(first) & set(second)
+
+
+def test_row_20_runs_are_repeatable_to_the_bit(two):
+    assert two(user_jobs.other_seeds, True) == two(user_jobs.other_seeds, True)
+
+
+def test_row_21_fsdp_trains_as_the_whole_model_and_shards_are_refused_by_name(two):
+    expected = "0 must be a whole tensor, got a sharded DTensor: gather it first, as FSDP's forward does"
+    assert two(user_jobs.a_sharded_step) == [expected] * 2
+
+
+def test_row_22_compiled_ddp(two):
+    two(rank_jobs.gradients, {"broadcast_buffers": False}, "no", "aot_eager")
+
+
+SCOPES = {
+    "none": lambda _: nullcontext(),
+    "step": fastsn.step,
+    "without advance": lambda model: fastsn.step(model, advance=False),
+    "fuse": lambda model: nullcontext(fastsn.fuse(model)),
+}
+
+
+def model(impl: str) -> nn.Sequential:
+    learnt = nn.Parameter(torch.tensor(1.2))
+    return nn.Sequential(
+        fastsn.BSSNConv2d(2, 4, 3, scale=learnt, impl=impl),
+        fastsn.spectral_norm(nn.ConvTranspose2d(4, 3, 2), impl=impl, n_power_iterations=3),
+        nn.Flatten(),
+        fastsn.spectral_norm(nn.Linear(3 * 5 * 5, 2), impl=impl, variant="ssn", scale=torch.tensor(0.9)),
+    )
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_row_36_no_number_comes_to_the_host_in_a_step(training, scope, impl):
+    """A graph of a GPU cannot be captured where the host waits, nor where it decides by what it has seen."""
+    net, x = model(impl).train(training), torch.randn(2, 2, 6, 6)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = [vector.clone() for vector in net.buffers()]
+    with Counted("aten") as counted:
+        with SCOPES[scope](net):
+            loss = net(x).square().sum() - net(-x).sum()
+        loss.backward()
+        optimizer.step()
+    assert "convolution" in counted.names
+    assert not SYNCS.intersection(counted.names)
+    with Counted("aten") as counted:
+        assert float(loss.detach()) != 0  # as a loop that logs every step does
+    assert SYNCS.intersection(counted.names)
+    vectors = [name.rpartition(".")[2] != "scale" for name, _ in net.named_buffers()]
+    moved = [not torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True)]
+    assert moved == [vector and training and scope != "without advance" for vector in vectors]
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.filterwarnings("ignore")  # numpy's, in the interpreter
+def test_row_36_launching_the_kernels_of_a_gpu_asks_for_no_number():
+    from fastsn.kernels import launch
+
+    c = call([torch.randn(4, 3, 3), torch.randn(5, 6)], [0, 0], 3, "tensor")
+    with Counted("aten") as counted:
+        sigma, vectors = launch.call("power_iteration_", *c.iteration(), 2)
+        outputs, mean = launch.call("rescale", c.weights, c.scales, sigma, vectors, *c.numbers())
+        launch.call("rescale_backward", outputs, None, c.weights, c.scales, mean, vectors, *c.numbers())
+    assert "empty" in counted.names  # results are made
+    assert not SYNCS.intersection(counted.names)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_row_36_vectors_stay_where_a_graph_would_replay_them(impl):
+    net = fastsn.fuse(model(impl))
+    pointers = [x.data_ptr() for x in net.buffers()]
+    for training in (True, False, True):
+        net.train(training)(torch.randn(2, 2, 6, 6)).sum().backward()
+    assert [x.data_ptr() for x in net.buffers()] == pointers
