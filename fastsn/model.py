@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fastsn import checks, reference, scopes, views
 from fastsn.layers import Normalised, after_loading
 from fastsn.norm import WARM_UP_ITERATIONS
+from fastsn.parametrize import own_class
 from fastsn.sites import Site, evaluated, weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -122,6 +123,7 @@ def _fold_layer(layer: Normalised) -> None:
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
     chain: ParametrizationList = module.parametrizations[tensor]  # type: ignore[assignment, index]
     value, originals = evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
+    own_class(module)
     # The original comes back where there is one, so that weights tied to it keep their values.
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)
     delattr(module, tensor)

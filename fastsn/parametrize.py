@@ -92,6 +92,13 @@ def spectral_norm(
     return module
 
 
+def own_class(module: nn.Module) -> None:
+    """Copies of a parametrized module share its class, in which torch keeps a property for each parametrized tensor.
+    Before one is added or taken away for this module alone, give it a class of its own."""
+    old = type(module)
+    module.__class__ = type(old.__name__, old.__bases__, dict(old.__dict__))
+
+
 def brought_up_after_loading(chain: ParametrizationList) -> None:
     """Vectors that a checkpoint lacks are brought to its weight."""
     if _after_loading not in chain._load_state_dict_post_hooks.values():

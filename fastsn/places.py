@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fastsn import jobs, layers, variants, views
 from fastsn.layers import Normalised
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import brought_up_after_loading, follows_autocast
+from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
 from fastsn.sites import evaluated
 
 
@@ -155,9 +155,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
         brought_up_after_loading(chain_of(owner, tensor))
         return
     if parametrize.is_parametrized(owner):
-        # Copies of a parametrized module share its class, to which torch is about to add a property: not for them.
-        old = type(owner)
-        owner.__class__ = type(old.__name__, old.__bases__, dict(old.__dict__))
+        own_class(owner)
     # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
     original = getattr(owner, tensor)
     setattr(owner, tensor, nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data)
