@@ -12,23 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsn
+from counting import Counted
 from networks import batch, moved, network, state
-
-
-class Counted(TorchDispatchMode):
-    """The names of our ops, as they are dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastsn":
-            self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def chain(layers: int = 3) -> nn.Sequential:
