@@ -1,4 +1,4 @@
-"""What a block of code asks torch's dispatcher for."""
+"""What a block of code asks torch's dispatcher for, and what a compiled graph holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.testing import CompileCounter
 from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,3 +37,19 @@ def recorded() -> Iterator[list[str]]:
     with profile(use_cpu=True) as found:
         yield names
     names += [event.name.removeprefix("aten::") for event in found.function_events]
+
+
+class Graphs(CompileCounter):
+    """Counts compilations and keeps what was compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[list[str]] = []
+
+    def __call__(self, graph, inputs):
+        super().__call__(graph, inputs)
+        targets = [str(node.target) for node in graph.graph.nodes]
+        self.ops.append(
+            [name.removeprefix("fastsn.").removesuffix(".default") for name in targets if "fastsn." in name]
+        )
+        return aot_eager(graph, inputs)

@@ -7,27 +7,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
-from torch._dynamo.testing import CompileCounter
 
 import fastsn
+from dispatched import Graphs
 from networks import batch, network
-
-
-class Graphs(CompileCounter):
-    """Counts compilations and keeps what was compiled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[list[str]] = []
-
-    def __call__(self, graph, inputs):
-        super().__call__(graph, inputs)
-        targets = [str(node.target) for node in graph.graph.nodes]
-        self.ops.append(
-            [name.removeprefix("fastsn.").removesuffix(".default") for name in targets if "fastsn." in name]
-        )
-        return aot_eager(graph, inputs)
 
 
 @pytest.fixture(autouse=True)
