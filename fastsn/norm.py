@@ -16,9 +16,10 @@ from torch.nn.utils import parametrize
 
 from fastsn import checks, jobs, reference, serving, variants, views
 from fastsn.backends import available
+from fastsn.holds import Holds
 from fastsn.jobs import Job, Normalised
 from fastsn.reference import Sigmas, Vectors
-from fastsn.serving import Hold, Holds
+from fastsn.serving import Hold
 
 WARM_UP_ITERATIONS = 15  # what torch spends at construction
 
@@ -113,10 +114,10 @@ class SpectralNorm(nn.Module):
         if weight.ndim == 1:
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
-        checks.weight(weight, "weight")
         hold = self.holds.in_force()
         if hold is not None:
             return hold.serve(weight, self.scale, self._out_dtype(weight))
+        checks.weight(weight, "weight")
         job, begin = self.job(weight), serving.nodes()
         normalised = jobs.normalize([job], self.rounds(), self.training)[0]
         self.holds.remember(normalised.fixed, job, begin)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,8 +18,7 @@ from fastsn.sites import Site, sites, weights
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@contextmanager
-def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
+class step:
     """Normalise every weight once for the whole block; each use in it is served the same W̄.
 
     ::
@@ -47,12 +45,21 @@ def step(model: nn.Module, advance: bool = True) -> Iterator[None]:
     Raises:
         ValueError: a weight on the meta device. No vector has moved.
         TypeError: a sharded DTensor: open the step where the weights are whole. No vector has moved.
+        RuntimeError: a step that is entered a second time. The first is as it was.
     """
-    release = _normalise_all(model, advance)
-    try:
-        yield
-    finally:
-        release()
+
+    def __init__(self, model: nn.Module, advance: bool = True) -> None:
+        self._model, self._advance = model, advance
+        self._release: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        if self._release is not None:
+            raise RuntimeError("a step can be entered once, got a second time: call fastsn.step(model) for each block")
+        self._release = _normalise_all(self._model, self._advance)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._release is not None
+        self._release()
 
 
 def fuse(model: Module) -> Module:

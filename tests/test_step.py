@@ -220,6 +220,19 @@ def test_steps_nest_and_an_exception_ends_them():
     assert not torch.equal(layer(x), layer(x))
 
 
+def test_a_step_can_be_entered_once():
+    layer = fastsn.SNLinear(40, 30)
+    step = fastsn.step(layer)
+    with step:
+        served = layer.normalised()[0]
+        with pytest.raises(RuntimeError, match=r"entered once, got a second time: call fastsn\.step\(model\)"), step:
+            pass
+        assert layer.normalised()[0] is served
+    with pytest.raises(RuntimeError, match="entered once"):
+        step.__enter__()
+    assert layer.normalised()[0] is not served
+
+
 def test_functional_call_inside_a_step_uses_the_weight_it_is_given():
     layer, x = fastsn.SNLinear(4, 5, bias=False), torch.randn(3, 4)
     with fastsn.step(layer):
