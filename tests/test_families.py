@@ -96,7 +96,7 @@ def test_the_lines_for_the_upscaler_with_bssn_train():
     measured = fastsn.sigmas(model)
     assert len(measured) == 8
     assert all(s.sigma == pytest.approx((s.sigma_out + s.sigma_in) / 2, rel=1e-5) for s in measured.values())
-    losses = train(model, upscaler_loss, adam(model), 50)
+    losses = train(model, upscaler_loss, torch.optim.Adam(model.parameters(), lr=3e-4), 50)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
@@ -130,7 +130,7 @@ def test_the_lines_for_the_vocoder(weight_norm, folder):
 
 def step_of(model: nn.Module, losses: list[float]) -> Callable[[nn.Module, Tensor, Tensor], None]:
     """A training step for one model, which notes its losses."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
     def train_step(model: nn.Module, x: Tensor, label: Tensor) -> None:
         optimizer.zero_grad()
@@ -155,7 +155,7 @@ def test_the_lines_for_the_classifier(capsys):
     names["train_step"] = step_of(model, found)
     torch.manual_seed(2)
     exec(CLASSIFIER, names)
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-3)
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
     assert "hidden.3" in capsys.readouterr().out
     logits, variance = theirs.eval()(x_test)
