@@ -10,8 +10,9 @@ demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/bssn --variant bssn --scale 1.4 --resume
 	$(BIN)/python train/compare.py runs/digits/sn runs/digits/bssn --out runs/digits/compare.png
 
+# Workers share the cores: threads that wait for others must not spin meanwhile.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -87,7 +87,8 @@ def test_everything_works_on_the_reference(tmp_path):
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("ops", "op_errors", "layers", "step")]
     folder = bare(tmp_path)
     assert " False " in run(folder, "-c", ASK)
-    out = run(folder, "-m", "pytest", "-qxc", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", *files)
+    plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+    out = run(folder, "-m", "pytest", "-qxc", str(ROOT / "pyproject.toml"), *plugins, *files)
     assert " passed" in out
 
 

@@ -351,6 +351,7 @@ def test_the_op_tests_pass_on_the_interpreter():
     files = [str(tests / f"test_{name}.py") for name in ("ops", "op_errors")]
     slow = "shape_table or number_of_threads or costs_as_many or one_graph or random_layers"
     environment = {**os.environ, "FASTSN_TEST_ON": "interpreter"}
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", f"not ({slow})", *files]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command = [sys.executable, "-m", "pytest", "-qx", *plugins, "-k", f"not ({slow})", *files]
     result = subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
