@@ -26,9 +26,6 @@ class Holds:
         self._forgotten = -1  # begin of the newest that is in neither
         self._asked: tuple[Any, int] = (None, 0)
 
-    def __bool__(self) -> bool:
-        return bool(self._lasting)
-
     def of_everyone(self) -> Holds:
         """The same for a replica, whose thread is none of those that opened them."""
         return Holds((None, hold) for _, hold in self._lasting)
