@@ -39,7 +39,8 @@ sanitize: $(INSTALLED)
 	cd build/sanitized && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		../../$(BIN)/python -m pytest -c ../../pyproject.toml -p no:cacheprovider --timeout 1200 $(SANITIZED) \
-		../../tests/test_ops.py ../../tests/test_op_errors.py ../../tests/test_storage.py
+		../../tests/test_ops.py ../../tests/test_op_errors.py ../../tests/test_storage.py \
+		../../tests/test_vector_tails.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache fastsn/_C_*
