@@ -1,4 +1,4 @@
-"""Channels that do not fill whole vectors: the C++ kernels work on 16 floats or 8 doubles at a time, and in channels_last
+"""Channels that fill no whole vectors: the C++ kernels work on 16 floats or 8 doubles at a time, and in channels_last
 weights every kernel position ends in such a rest. Nothing may be read from, or written to, what lies behind it."""
 
 import pytest
