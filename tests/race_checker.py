@@ -1,10 +1,10 @@
 """What Triton's interpreter cannot see by itself: accesses outside of tensors, and races between programs.
 
-``RaceChecker`` watches every load, store and atomic of the launches inside it. The programs of a launch run in the order
-asked for ("plain", "reverse" or "random"). It raises AssertionError for
+``RaceChecker`` watches every load, store and atomic of the launches inside it. The programs of a launch run in the
+order asked for ("plain", "reverse" or "random"). It raises AssertionError for
 
-- an element outside of all tensors that a launch was given; of the scratch and of the flat vectors every part counts as a
-  tensor of its own;
+- an element outside of all tensors that a launch was given; of the scratch and of the flat vectors every part counts
+  as a tensor of its own;
 - a store that writes an address twice;
 - an address that two programs of a launch access, one of them writing, with nothing between that orders them: an atomic
   of the one after its access, and later an atomic of the other on the same counter before its own.

@@ -9,13 +9,13 @@ import torch
 from conftest import ON
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(ON != "", reason="the checker watches the interpreter, on its own")
-
 from triton.runtime.errors import InterpreterError
 
 from fastsn.kernels import power_iteration, rescale
 from race_checker import KERNELS, RaceChecker
 from races import APART, SMALL, Case, check, results
+
+pytestmark = pytest.mark.skipif(ON != "", reason="the checker watches the interpreter, on its own")
 
 
 def few():
