@@ -4,7 +4,7 @@ says why it has none.
 Everything else about the package is in pyproject.toml. Environment: FASTSN_WERROR=1 makes warnings and a build that
 fails errors (CI), FASTSN_SANITIZE=address,undefined builds with sanitizers (make sanitize).
 
-Why torch is no build requirement: kernels fit one minor version of torch, pip would build them with the newest one (some
+Why torch is no build requirement: kernels fit one minor version of torch, pip would build them with the newest (some
 GB), and no hook of a build backend is told which one the package will meet. What does work is looking behind pip's
 isolation, see `unhide`. uv and `python -m build` isolate with an interpreter of their own, from which the user's torch
 cannot be found: there the wheel is a pure one.

@@ -166,7 +166,7 @@ def _load_cpp() -> Backend:
 
 
 def _missing(reason: str) -> Backend:
-    return Backend(False, f"{reason}. To build them, with a C++ compiler at hand: {origin.reinstall()}")
+    return Backend(False, f"{reason.rstrip('.')}. To build them, with a C++ compiler at hand: {origin.reinstall()}")
 
 
 _CPP = _load_cpp()
