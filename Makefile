@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench gpu package sanitize clean
+.PHONY: demo test lint bench gpu package wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -27,9 +27,15 @@ OUT ?= gpu-results
 gpu:
 	PYTHON="$(PYTHON)" OUT="$(OUT)" bash .ci/gpu
 
-# An sdist and a wheel in dist/, looked into and used away from the sources.
+# An sdist and a pure wheel in dist/; the sdist is installed in the ways that users do.
 package: $(INSTALLED)
 	$(BIN)/python .ci/check_package.py
+
+# One wheel in dist/ with the kernels for each of these, used under each. Takes some GB per version where the index has
+# only CUDA builds; nothing of CUDA goes into the wheel.
+TORCH_VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+wheel:
+	$(PYTHON) .ci/build_wheel.py $(TORCH_VERSIONS)
 
 # The op tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels; SANITIZED chooses tests.
 SANITIZED ?=
