@@ -88,6 +88,12 @@ def scale(value: object, variant: Variant) -> float | Tensor:
     return value if isinstance(value, Tensor) else float(value)
 
 
+def scale_beside(weight: Tensor, scale: object) -> None:
+    """Raises ValueError for a scale on the meta device whose weight is not there: kernels would read garbage."""
+    if isinstance(scale, Tensor) and scale.is_meta and not weight.is_meta:
+        raise ValueError(f"scale must have values as the weight has, got a meta tensor and a weight on {weight.device}")
+
+
 def lengths(found: Sequence[Tensor], sizes: Sequence[int], name: str) -> None:
     """Raises ValueError unless ``found`` are 1-D tensors of these lengths."""
     shapes = [tuple(x.shape) for x in found]

@@ -84,6 +84,7 @@ class SpectralNorm(nn.Module):
         self.variant = variant
         self.impl = available(impl)
         scale = checks.scale(scale, row)
+        checks.scale_beside(weight, scale)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale)
         else:
@@ -142,11 +143,14 @@ class SpectralNorm(nn.Module):
 
     def job(self, weight: Tensor) -> Job:
         """The weight with everything that normalises it, in the dtype that is asked for now."""
-        return Job(weight, self.dim, self.vectors(), self.scale, self._out_dtype(weight), self.impl)
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            checks.scale_beside(weight, scale)
+        return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
 
     def advance(self, weight: Tensor, rounds: int) -> None:
-        """Iterate and store, whatever the mode."""
-        jobs.iterate(self.job(weight), rounds)
+        """Iterate and store, whatever the mode. No scale is needed for it."""
+        jobs.iterate(Job(weight, self.dim, self.vectors(), 1.0, weight.dtype, self.impl), rounds)
 
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""

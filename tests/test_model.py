@@ -46,7 +46,7 @@ def test_warm_up_draws_vectors_that_are_still_on_meta():
     layer.weight, layer.bias = nn.Conv2d(4, 6, 3).parameters()
     for function in (fastsn.sigmas, fastsn.fold):
         with pytest.raises(
-            ValueError, match=r"u and v of '' must have values, got meta tensors: call fastsn.warm_up first"
+            ValueError, match=r"u and v of 'BSSNConv2d' must have values, got meta tensors: call fastsn.warm_up first"
         ):
             function(layer)
     fastsn.warm_up(layer, 500)
