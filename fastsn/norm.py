@@ -187,12 +187,12 @@ class SpectralNorm(nn.Module):
         if weight.ndim > 1:
             self.advance(weight, iterations)
 
-    def hold(self, normalised: Normalised, job: Job, begin: int) -> Callable[[], None]:
+    def hold(self, normalised: Normalised, job: Job, begin: int, shared: bool) -> Callable[[], None]:
         """Serve every later use from these vectors without iterating, until the returned function is called: this W̄
         while it is right, one made anew where it is not. The newest hold counts; holds may end in any order.
-        ``begin``: ``serving.nodes()`` before it was made."""
+        ``begin``: ``serving.nodes()`` before it was made; ``shared``: see ``Holds``."""
         hold = Hold(normalised.fixed, job, begin, normalised.weight)
-        self.holds.open(hold)
+        self.holds.open(hold, shared)
         return lambda: self.holds.close(hold)
 
     def _oik(self, weight: Tensor) -> Tensor:

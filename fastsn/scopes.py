@@ -149,12 +149,12 @@ def _leave(model: nn.Module, *_: Any) -> None:
 
 
 def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
-    """One call for all weights, or for those that this thread does not hold already; returns what ends it."""
+    """One call for all weights, or for those that nothing serves here yet; returns what ends it."""
     groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor, Hold | None]]] = {}
     begin, run_again = serving.nodes(), serving.run_again()
     for site, weight in weights(model):
         norm = site.norm
-        if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
+        if not norm.views or (only_free and norm.holds.serve_a_forward()):  # a 1-D weight has no vectors to share
             continue
         again = norm.holds.of_the_forward() if run_again else None
         rounds = norm.rounds() if again is None else 0
@@ -175,7 +175,10 @@ def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> 
                     job = site.norm.job(site.weight() if depth else weight)
                     todo.append(job if again is None else job._replace(vectors=again.vectors()))
                 made = jobs.normalize(todo, rounds, store)
-            releases += [s.norm.hold(w, job, begin) for (s, _, _), w, job in zip(found, made, todo, strict=True)]
+            releases += [
+                s.norm.hold(w, job, begin, shared=not only_free)
+                for (s, _, _), w, job in zip(found, made, todo, strict=True)
+            ]
     except BaseException:
         release()
         raise
