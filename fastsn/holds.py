@@ -100,7 +100,9 @@ class Holds:
         several, each call gives the next."""
         node, here = torch._C._current_autograd_node(), region()
         at = -1 if node is None else node._sequence_nr()
-        known = sorted((*self._ended, *self._again, *(entry.hold for entry in self._lasting)), key=lambda hold: hold.begin)
+        known = sorted(
+            (*self._ended, *self._again, *(entry.hold for entry in self._lasting)), key=lambda hold: hold.begin
+        )
         before = [hold for hold in known if hold.begin <= at]
         newest = next((hold for hold in reversed(before) if hold.around(at)), before[-1] if before else None)
         if here is None and isinstance(node, torch.autograd.function.FunctionCtx):

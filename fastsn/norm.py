@@ -78,7 +78,8 @@ class SpectralNorm(nn.Module):
         super().__init__()
         row = variants.get(variant)
         checks.weight(weight, "weight")
-        checks.count(n_power_iterations, "n_power_iterations")
+        n_power_iterations = checks.count(n_power_iterations, "n_power_iterations")
+        self.ndim = weight.ndim
         self.dim = views.wrap_dim(dim, weight.ndim)
         self.eps = checks.eps(eps)
         self.variant = variant
@@ -90,13 +91,13 @@ class SpectralNorm(nn.Module):
         else:
             self.scale = scale
         self.follows_autocast = follows_autocast
+        given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.views: tuple[str, ...] = ()
         self.holds = Holds()
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik, wide = views.as_oik(weight.detach(), self.dim), reference.wide(weight.dtype)
             self.views = views.distinct(row.views, oik)
-            given: Vectors = vectors or {}
             for view in self.views:
                 sizes = views.vector_sizes(oik, view)
                 pair = given[view] if view in given else [self._draw(oik.new_empty(n, dtype=wide)) for n in sizes]
@@ -110,9 +111,17 @@ class SpectralNorm(nn.Module):
     def _draw(self, vector: Tensor) -> Tensor:
         return F.normalize(vector.normal_(0, 1), dim=0)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale" and not isinstance(value, Tensor):  # tensors: FSDP and replicas put theirs here all the time
+            value = checks.scale(value, variants.get(self.variant))
+        super().__setattr__(name, value)
+
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight: same shape and strides, same dtype (or autocast's). Iterates in training mode."""
-        if weight.ndim == 1:
+        if getattr(weight, "ndim", None) != self.ndim:
+            weight = checks.weight(weight, "weight")
+            raise ValueError(f"weight must have {self.ndim} dimensions as at construction, got {weight.ndim}")
+        if self.ndim == 1:
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
         hold = self.holds.in_force()
