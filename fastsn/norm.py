@@ -135,7 +135,7 @@ class SpectralNorm(nn.Module):
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """scale * tensor, in the tensor's dtype."""
-        return tensor * (self.scale.reshape(()) if isinstance(self.scale, Tensor) else self.scale)
+        return tensor * (jobs.saveable(self.scale).reshape(()) if isinstance(self.scale, Tensor) else self.scale)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Assigning to a parametrized tensor stores the value as it is, as torch does."""
