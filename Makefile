@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench gpu package wheel sanitize clean
+.PHONY: demo test lint fuzz upstream bench gpu package wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -18,6 +18,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Single weights of any shape, layout, dtype and size against an oracle that shares nothing with fastsn.
+CASES ?= 10000
+SEED ?= 1
+fuzz: $(INSTALLED)
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
+
+# PyTorch's own tests of its spectral norms, from a checkout: TESTS="pytorch/test/nn/test_parametrization.py ...".
+TESTS ?=
+upstream: $(INSTALLED)
+	$(BIN)/python tests/upstream.py $(TESTS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only
