@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench gpu package sanitize clean
+.PHONY: demo test lint fuzz upstream bench gpu package wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -19,6 +19,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Single weights of any shape, layout, dtype and size against an oracle that shares nothing with fastsn.
+CASES ?= 10000
+SEED ?= 1
+fuzz: $(INSTALLED)
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
+
+# PyTorch's own tests of its spectral norms, from a checkout: TESTS="pytorch/test/nn/test_parametrization.py ...".
+TESTS ?=
+upstream: $(INSTALLED)
+	$(BIN)/python tests/upstream.py $(TESTS)
+
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
@@ -27,9 +38,15 @@ OUT ?= gpu-results
 gpu:
 	PYTHON="$(PYTHON)" OUT="$(OUT)" bash .ci/gpu
 
-# An sdist and a wheel in dist/, looked into and used away from the sources.
+# An sdist and a pure wheel in dist/; the sdist is installed in the ways that users do.
 package: $(INSTALLED)
 	$(BIN)/python .ci/check_package.py
+
+# One wheel in dist/ with the kernels for each of these, used under each. Takes some GB per version where the index has
+# only CUDA builds; nothing of CUDA goes into the wheel.
+TORCH_VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+wheel:
+	$(PYTHON) .ci/build_wheel.py $(TORCH_VERSIONS)
 
 # The op tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels; SANITIZED chooses tests.
 SANITIZED ?=
