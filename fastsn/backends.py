@@ -45,7 +45,7 @@ def chosen(impl: str, weight: Tensor) -> str:
     """The implementation that serves a weight: "reference", "cpp" or "triton".
 
     "auto" takes the kernels of the weight's device, and the reference where there are none: complex weights, other
-    devices, and inside torch.func's transforms and forward-mode differentiation, which see through the reference but
+    devices, AMD's GPUs (for which the Triton kernels compile, but have not been tested), and inside torch.func's transforms and forward-mode differentiation, which see through the reference but
     not into kernels. Where it takes the reference because the C++ kernels are missing, it warns, once per process.
 
     Raises:
@@ -60,6 +60,8 @@ def chosen(impl: str, weight: Tensor) -> str:
         kernels = _DEVICES.get(device.type)
         if kernels is None or weight.dtype not in _DTYPES[kernels] or transformed():
             return "reference"
+        if kernels == "triton" and torch.version.hip is not None:
+            return "reference"  # see fastsn/kernels/shared.py, last_to_arrive
         if served_by(kernels, device).available:
             return kernels
         if kernels == "cpp":

@@ -48,7 +48,11 @@ for _schema in (
     "rescale_backward(Tensor[] gradients, Tensor? grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
     f"Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor[])",
 ):
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    # torch.compile(mode="reduce-overhead") must not record them: the first launch for a list of addresses keeps its
+    # table on the device, which during the warm-up of that mode would lie in the memory of its graphs, where torch
+    # refuses what outlives a call. Allocating elsewhere is no way out: torch picks the pool by stream or by thread,
+    # depending on its version. A torch.cuda.graph around a step that has run once records them as they are.
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))  # type: ignore[no-untyped-call]
 
 power_iteration = torch.ops.fastsn.power_iteration.default
 power_iteration_ = torch.ops.fastsn.power_iteration_.default

@@ -1,5 +1,6 @@
 """Launches of whole lists through Triton's real JIT, with a driver that stands in for that of an sm_90 GPU: everything
-up to the launch itself, so that arguments are specialised as they will be. Prints the kernels, one per line.
+up to the launch itself, so that arguments are specialised as they will be. Prints the kernels, one per line, with what
+they were compiled to.
 
 Run apart from the tests: there the kernels are made for the interpreter.
 """
@@ -39,7 +40,7 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*arguments: Any, **options: Any) -> None:
             binary = self.kernel.warmup(*arguments, grid=grid, **options)
-            print(self.name, len(binary.asm["cubin"]) > 0)
+            print(self.name, binary.hash, len(binary.asm["cubin"]) > 0)
 
         return run
 
@@ -67,7 +68,10 @@ if __name__ == "__main__":
     for module, names in kernels.items():
         for name in names:
             setattr(module, name, Compiled(name, getattr(module, name)))
-    run([(8, 4, 4, 4)], [0], 1, torch.float32, "tensor")  # numbers that are 1: the JIT makes constants of them
+    # Numbers of which the JIT would make constants: 1 and no 1, 0 and no 0. And a network beside one of its layers.
+    run([(8, 4, 4, 4)], [0], 1, torch.float32, "tensor")
+    run([(8, 4, 4, 4)] * 3, [0] * 3, 2, torch.float32, "tensor")
+    print()
     run([(8, 4, 4, 4), (16, 8, 3, 3), (8, 4, 4, 4), (6, 16)], [0, 0, 1, 0], 2, torch.bfloat16)
     run([(8, 4, 7)], [0], 0, torch.float16)
     settings.use(replace(settings.DEFAULT, together=True, last_tiles=0), CPU)

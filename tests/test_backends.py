@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,3 +294,14 @@ def test_kernels_serve_what_they_can_and_the_reference_the_rest(monkeypatch):
         with pytest.raises(AssertionError, match="slow path"):
             fastsn.SNLinear(3, 4, impl="reference")
     fastsn.SNLinear(3, 4, dtype=torch.complex64)
+
+
+def test_gpus_of_amd_are_left_to_the_reference_unless_asked_for(monkeypatch):
+    weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    module = sys.modules["fastsn.backends"]
+    monkeypatch.setattr(module, "served_by", lambda *_: Backend(True, "a GPU"))
+    monkeypatch.setattr(module, "available", lambda impl: impl)
+    assert module.chosen("auto", weight) == "triton"
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert module.chosen("auto", weight) == "reference"
+    assert module.chosen("triton", weight) == "triton"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastsn
 from dispatched import Graphs
+from fastsn import ops
 from networks import batch, network
 
 # The default compiler, when it is imported.
@@ -119,3 +120,12 @@ def test_with_the_default_compiler():
         train(compiled, x, optimizers[0])
         train(twin, x, optimizers[1])
     torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_cuda_graphs_of_the_compiler_leave_the_ops_out():
+    """Their tables on the device outlive the call; a graph that the user captures after a step has run may have them."""
+    from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+
+    graph = torch.fx.Graph()
+    for op in (ops.power_iteration, ops.power_iteration_, ops.rescale, ops.rescale_backward):
+        assert is_cudagraph_unsafe_fx_node(graph.call_function(op))

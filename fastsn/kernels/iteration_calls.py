@@ -150,8 +150,7 @@ class Plan:
                 by_rows = phase.work[2] >= 0
                 kernel = kernels.iterate if by_rows else kernels.reduce
                 extra = {"KINDS": self.kinds, **self._at_most(self.settings.registers)} if by_rows else {}
-                warps, finish = self.settings.warps, self.settings.finish
-                kernel[(phase.programs,)](*arguments, **extra, FINISH=finish, num_warps=warps)
+                kernel[(phase.programs,)](*arguments, **extra, FINISH=self.settings.finish, **self.settings.options())
         return sigma, vectors
 
     def _launch_together(self, table: Tensor, shared: tuple[Tensor, ...], rounds: int, keep: int) -> None:
@@ -165,8 +164,8 @@ class Plan:
         barrier = memory.barrier(programs, device)
         kernels.iterate_together[(programs,)](
             table, self.together.here(), self.ends.here(), *shared, barrier, rounds, keep,
-            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, num_warps=settings.together_warps,
-            launch_cooperative_grid=True, **self._at_most(REGISTERS["iterate_together"]),
+            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, launch_cooperative_grid=True,
+            **settings.options(settings.together_warps), **self._at_most(REGISTERS["iterate_together"]),
         )  # fmt: skip
 
     def _at_most(self, registers: int) -> dict[str, int]:

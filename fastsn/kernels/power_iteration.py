@@ -178,14 +178,14 @@ def _columns_item(table, item, flat, sigma, scratch, counters, first, store, FIN
         finish(row, tl.load(item + 3), 1, flat, sigma, scratch, first, store, FINISH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "store"])
 def iterate(table, work, flat, sigma, scratch, counters, first, store, KINDS: tl.constexpr, FINISH: tl.constexpr):
     """Blocks of rows. work, per program: (weight, block, kind, mode, 1 if another launch adds the blocks up)."""
     item = work + 5 * tl.program_id(0)
     _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS, FINISH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "store"])
 def reduce(table, work, flat, sigma, scratch, counters, first, store, FINISH: tl.constexpr):
     """Sums of weights with many blocks. work, per program: (weight, tile of columns, -1, mode, tiles)."""
     _columns_item(table, work + 5 * tl.program_id(0), flat, sigma, scratch, counters, first, store, FINISH)
@@ -203,7 +203,7 @@ def _all_programs(barrier):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rounds", "store"])
 def iterate_together(
     table, work, phases, flat, sigma, scratch, counters, barrier, rounds, store,
     PHASES: tl.constexpr, KINDS: tl.constexpr, FINISH: tl.constexpr,

@@ -158,7 +158,7 @@ def _settle(row, layer, sigma, grad_sigma, has_grad_sigma, dots, coefficients, B
     tl.store(coefficients + 3 * layer + 2, (dot / divisor * own).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_grad_sigma"])
 def inner_products(
     table,
     work,
@@ -239,7 +239,7 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
         tl.store(to_rows[:, None, None] + at[None, :, :], g.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers", "scales"])
 def gradient(table, work, coefficients, flat, layers, scales, KINDS: tl.constexpr, BL: tl.constexpr):
     """dW of every weight. work: (weight, block of rows, kind). The first program adds up the derivatives by the scales,
     whose addresses come after the table's rows."""

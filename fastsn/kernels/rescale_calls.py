@@ -186,7 +186,7 @@ class _Forward(_Plan):
         mean = torch.empty(len(weights), dtype=torch.float32, device=device)
         kernels.rescale[(self.programs,)](
             table, self.work.here(), sigma.contiguous(), mean,
-            KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, num_warps=settings.warps,
+            KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, **settings.options(),
         )  # fmt: skip
         return results, mean
 
@@ -278,18 +278,19 @@ class _Backward(_Plan):
         addresses = tuple([x.data_ptr() for each in tensors for x in each])
         table = self.tables.get(addresses, lambda: self.rows(*tensors), device)
         (products, many_products, product_kinds), (blocks, many_blocks, block_kinds) = self.launches
-        numbers = torch.empty(self.total_chunks + 3 * len(bases), dtype=torch.float32, device=device)
-        dots, coefficients = numbers[: self.total_chunks], numbers[self.total_chunks :]
+        # Both aligned, whatever the list: the JIT compiles anew for an argument that is not.
+        dots = torch.empty(self.total_chunks, dtype=torch.float32, device=device)
+        coefficients = torch.empty(3 * len(bases), dtype=torch.float32, device=device)
         sigma, vectors = sigma.contiguous(), vectors.contiguous()
         given = sigma if grad_sigma is None else grad_sigma.contiguous()
         kernels.inner_products[(many_products,)](
             table, products.here(), sigma, given, int(grad_sigma is not None), dots, coefficients,
             memory.counters(len(bases), device),
-            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, num_warps=settings.warps,
+            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **settings.options(),
         )  # fmt: skip
         kernels.gradient[(many_blocks,)](
             table, blocks.here(), coefficients, vectors, len(bases), self.scales,
-            KINDS=block_kinds, BL=_SCALED, num_warps=settings.warps,
+            KINDS=block_kinds, BL=_SCALED, **settings.options(),
         )  # fmt: skip
         return results, d_scales
 

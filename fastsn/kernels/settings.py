@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,6 +79,10 @@ class Settings:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.chunk < self.step:
             raise ValueError(f"step must be at most chunk, {self.chunk}, got {self.step}")
+
+    def options(self, warps: int | None = None) -> dict[str, Any]:
+        """Of every launch. Fused multiply-add is asked for: Triton 3.10 no longer uses it by default."""
+        return {"num_warps": warps or self.warps, "enable_fp_fusion": True}
 
     @property
     def finish(self) -> tuple[int, int, int]:

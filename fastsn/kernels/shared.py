@@ -43,7 +43,12 @@ def tile(begin, b, k, BI: tl.constexpr, KP: tl.constexpr, EXACT: tl.constexpr, K
 
 @triton.jit
 def last_to_arrive(counters, layer, count):
-    """Whether all others of the weight have come here; the counter is then 0 again for the next launch."""
+    """Whether all others of the weight have come here; the counter is then 0 again for the next launch.
+
+    The barrier orders what all threads of the program have stored before the release, by NVIDIA's memory model. On
+    gfx942 the stores of the other waves may still be under way when they pass it, so that nothing orders them: there
+    "auto" leaves weights to the reference.
+    """
     tl.debug_barrier()
     last = tl.atomic_add(counters + layer, 1, sem="acq_rel", scope="gpu") == count - 1
     if last:
