@@ -45,8 +45,9 @@ def chosen(impl: str, weight: Tensor) -> str:
     """The implementation that serves a weight: "reference", "cpp" or "triton".
 
     "auto" takes the kernels of the weight's device, and the reference where there are none: complex weights, other
-    devices, AMD's GPUs (for which the Triton kernels compile, but have not been tested), and inside torch.func's transforms and forward-mode differentiation, which see through the reference but
-    not into kernels. Where it takes the reference because the C++ kernels are missing, it warns, once per process.
+    devices, AMD's GPUs (the Triton kernels compile for them, but have not been tested), and inside torch.func's
+    transforms and forward-mode differentiation, which see through the reference but not into kernels. Where it takes
+    the reference because the C++ kernels are missing, it warns, once per process.
 
     Raises:
         ValueError: an unknown ``impl``, or one for other devices than the weight's.

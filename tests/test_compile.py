@@ -123,7 +123,7 @@ def test_with_the_default_compiler():
 
 
 def test_cuda_graphs_of_the_compiler_leave_the_ops_out():
-    """Their tables on the device outlive the call; a graph that the user captures after a step has run may have them."""
+    """Their tables on the device outlive the call; a graph captured after a step has run may have them."""
     from torch._inductor.utils import is_cudagraph_unsafe_fx_node
 
     graph = torch.fx.Graph()
