@@ -56,8 +56,9 @@ def convert(
     ``logging.getLogger("fastsn")`` says at level INFO what was done with each tensor, and why not.
 
     The keys of the state dict become those of torch's parametrization. A model that had the old hook still loads its
-    old checkpoints, ``strict=True`` too ("bsn" and "bssn" miss the vectors of the second view: ``strict=False``, then
-    ``fastsn.warm_up``). The order of ``parameters()`` may change: load an optimizer's state before converting.
+    old checkpoints, ``strict=True`` too ("bsn" and "bssn" miss the vectors of the second view, which are brought to the
+    loaded weights with a warning). The order of ``parameters()`` may change: load an optimizer's state before
+    converting.
 
     The old hook iterates v first, then u, once per forward of the module. fastsn, like torch's parametrization,
     iterates u first, then v, once per use of the tensor. After converting from the old hook, training therefore differs

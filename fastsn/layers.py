@@ -8,13 +8,13 @@ Each class is a subclass of the torch layer with the same arguments plus ``scale
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsn import checks, variants, views
+from fastsn import checks, loading, variants, views
 from fastsn.norm import SpectralNorm
 
 _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
@@ -100,6 +100,11 @@ class Normalised(nn.Module):
             bias = self.spectral_norm.scaled(bias)
         return self.spectral_norm(self.weight), bias
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if f"{prefix}spectral_norm._u" not in state_dict:
+            self._advice = prefix, loading.advice(state_dict, prefix)
+
     def reset_parameters(self) -> None:
         """torch's initial draw, with u and v brought to the new weight."""
         super().reset_parameters()  # type: ignore[misc]
@@ -114,6 +119,9 @@ class Normalised(nn.Module):
 def after_loading(layer: Any, keys: Any) -> None:
     """A hook of load_state_dict: vectors that the checkpoint lacked are brought to its weight."""
     layer.spectral_norm.after_loading(lambda: layer.weight, keys.missing_keys)
+    prefix, advice = layer.__dict__.pop("_advice", ("", None))
+    if advice is not None:
+        loading.advise(keys.missing_keys, prefix, advice)
 
 
 # The families below are always joined with a torch layer, whose attributes they read: hence self: Any.

@@ -5,8 +5,7 @@ Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametr
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsn import checks, jobs, reference, serving, variants, views
-from fastsn.backends import available
+from fastsn import checks, jobs, loading, reference, serving, variants, views
+from fastsn.backends import available, chosen
 from fastsn.holds import Holds
 from fastsn.jobs import Job, Normalised
 from fastsn.reference import Sigmas, Vectors
@@ -157,10 +156,6 @@ class SpectralNorm(nn.Module):
             checks.scale_beside(weight, scale)
         return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
 
-    def advance(self, weight: Tensor, rounds: int) -> None:
-        """Iterate and store, whatever the mode. No scale is needed for it."""
-        jobs.iterate(Job(weight, self.dim, self.vectors(), 1.0, weight.dtype, self.impl), rounds)
-
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""
         with jobs.no_autocast(weight):
@@ -184,17 +179,20 @@ class SpectralNorm(nn.Module):
         return self(weight) if self.holds.in_force() is not None else self.evaluate(weight)
 
     @torch.no_grad()
-    def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS) -> None:
-        """Bring u and v to a weight they do not belong to yet: redraw unusable ones (on meta, non-finite, far from
-        length 1, as ``to_empty`` leaves them), then iterate and store, whatever the mode."""
-        for name in (name for view in self.views for name in _BUFFERS[view]):
+    def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS, only: Sequence[str] | None = None) -> None:
+        """Bring u and v (of ``only`` these views) to a weight they do not belong to yet: redraw unusable ones (on meta,
+        non-finite, far from length 1, as ``to_empty`` leaves them), then iterate and store, whatever the mode. No scale
+        is needed for it."""
+        chosen = self.views if only is None else only
+        for name in (name for view in chosen for name in _BUFFERS[view]):
             vector = getattr(self, name)
             if vector.is_meta:
                 setattr(self, name, self._draw(torch.empty_like(vector, device=weight.device)))
             elif not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
                 vector.copy_(self._draw(vector))
-        if weight.ndim > 1:
-            self.advance(weight, iterations)
+        if chosen:
+            vectors = {view: pair for view, pair in self.vectors().items() if view in chosen}
+            jobs.iterate(Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl), iterations)
 
     def hold(self, normalised: Normalised, job: Job, begin: int, shared: bool) -> Callable[[], None]:
         """Serve every later use from these vectors without iterating, until the returned function is called: this W̄
@@ -236,13 +234,12 @@ class SpectralNorm(nn.Module):
         for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
             if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
                 self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
-        named = [prefix + name for view in self.views for name in _BUFFERS[view]]
-        self._foreign = prefix if any(name not in state_dict for name in named) else None
+        self._lacking = (prefix, [v for v in self.views if any(prefix + x not in state_dict for x in _BUFFERS[v])])
 
     def after_loading(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
         """Bring the vectors to a weight that was loaded without them. The owner calls it, when all of it is loaded."""
-        prefix = self.__dict__.pop("_foreign", None)
-        if prefix is None:
+        prefix, lacking = self.__dict__.pop("_lacking", ("", []))
+        if not lacking:
             return
         owner = prefix.rpartition(".")[0].rpartition(".")[0]
         layer, *chains = (
@@ -250,10 +247,13 @@ class SpectralNorm(nn.Module):
         )
         # A weight that is missing too belongs to a layer that is not in the checkpoint.
         if not any(key == layer or key.startswith(tuple(chains)) for key in missing):
-            _warn(missing, owner)
+            loading.warn(missing, owner, ("u", "v") if "out" in lacking else ("u_in", "v_in"), WARM_UP_ITERATIONS)
             value = weight()
             if not (value.is_meta or hasattr(value, "_local_tensor")):
-                self.warm_up(value)
+                self.warm_up(value, only=lacking)
+            if lacking == ["in"]:  # a checkpoint of a variant without this view, which has all that it can have
+                own = {prefix + name for name in _BUFFERS["in"]}
+                missing[:] = [key for key in missing if not (own.issubset(missing) and key in own)]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.
@@ -265,11 +265,18 @@ class SpectralNorm(nn.Module):
         return replica
 
     def extra_repr(self) -> str:
-        """The variant, the scale, and what else differs from the defaults."""
+        """The variant, the scale, more than one iteration, and the implementation in use."""
         parts = [f"variant={self.variant!r}", f"scale={self._scale_repr()}"]
         if getattr(self, "n_power_iterations", 1) != 1:
             parts.append(f"n_power_iterations={self.n_power_iterations}")
+        if self.views:
+            parts.append(f"impl={self._impl_in_use()!r}")
         return ", ".join(parts)
+
+    def _impl_in_use(self) -> str:
+        """Who computes for a weight where the vectors are: what "auto" stands for there."""
+        u = self.vectors()[self.views[0]][0]
+        return chosen("auto", u) if self.impl == "auto" and not u.is_meta else self.impl
 
     def _scale_repr(self) -> str:
         if not isinstance(self.scale, Tensor):
@@ -281,18 +288,3 @@ class SpectralNorm(nn.Module):
         else:
             value = f"{float(self.scale.detach()):.6g}"
         return value + (" (learnable)" if isinstance(self.scale, nn.Parameter) else " (tensor)")
-
-
-_warned: list[str] | None = None  # of the last call of load_state_dict that has warned, its list of missing keys
-
-
-def _warn(missing: list[str], owner: str) -> None:
-    """Once per checkpoint."""
-    global _warned
-    if _warned is not missing:
-        _warned = missing
-        warnings.warn(
-            f"the checkpoint has no u and v for {owner!r}, maybe not for others: they are brought to the loaded "
-            f"weights by {WARM_UP_ITERATIONS} power iterations (meta or sharded ones: call fastsn.warm_up later)",
-            stacklevel=2,
-        )

@@ -78,9 +78,79 @@ def test_a_view_that_the_checkpoint_does_not_know():
     """A checkpoint of SN in a layer of BSSN."""
     source = fastsn.warm_up(fastsn.SNConv2d(3, 8, 3), 50)
     target = fastsn.BSSNConv2d(3, 8, 3)
-    with pytest.warns(UserWarning, match="no u and v for ''"):
-        target.load_state_dict(source.state_dict(), strict=False)
+    with pytest.warns(UserWarning, match="no u_in and v_in for ''"):
+        assert not target.load_state_dict(source.state_dict(), strict=True).missing_keys
     assert fastsn.sigmas(target)[""].sigma_in == pytest.approx(fastsn.sigmas(source)[""].sigma_in, rel=0.02)
+    for name in ("_u", "_v"):  # those that came are taken as they are
+        assert torch.equal(getattr(target.spectral_norm, name), getattr(source.spectral_norm, name))
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("assign", [False, True])
+def test_checkpoints_of_sn_load_strictly_into_a_model_converted_to_bssn(wrap, assign):
+    def make() -> nn.Sequential:
+        return nn.Sequential(wrap(nn.Conv2d(3, 8, 3)), nn.Flatten(), wrap(nn.Linear(8 * 16, 2)))
+
+    source, x = make(), torch.randn(2, 3, 6, 6)
+    for _ in range(50):
+        source(x)
+    state = copy.deepcopy(source.state_dict())
+    ours = fastsn.convert(make(), "bssn", scale=1.4)
+    with pytest.warns(UserWarning, match="no u_in and v_in for '0") as caught:
+        ours.load_state_dict(state, strict=True, assign=assign)
+    assert len(caught) == 1
+    loaded_first = fastsn.convert(source, "bssn", scale=1.4)
+    for name, value in loaded_first.state_dict().items():
+        if not name.endswith("_in"):
+            assert torch.equal(ours.state_dict()[name], value), name
+    for name, sigmas in fastsn.sigmas(loaded_first).items():
+        assert fastsn.sigmas(ours)[name].sigma == pytest.approx(sigmas.sigma, rel=0.05)
+    half = {key: value for key, value in loaded_first.state_dict().items() if not key.endswith("_v_in")}
+    with (
+        pytest.warns(UserWarning, match="has no u"),
+        pytest.raises(RuntimeError, match=r'Missing key.*"0.parametrizations.weight.0._v_in'),
+    ):
+        ours.load_state_dict(half, strict=True)  # half a view is no checkpoint of another variant
+
+
+FOREIGN = {
+    "torch": lambda: parametrizations.spectral_norm(nn.Linear(3, 4)).state_dict(),
+    "torch_hook": lambda: nn.utils.spectral_norm(nn.Linear(3, 4)).state_dict(),
+    "biggan": lambda: nn.Linear(3, 4).state_dict() | {"u0": torch.randn(1, 4), "sv0": torch.ones(1)},
+    "mimicry": lambda: nn.Linear(3, 4).state_dict() | {"sn_u": torch.randn(1, 4), "sn_sigma": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+@pytest.mark.filterwarnings("ignore:the checkpoint has no u and v")
+def test_the_error_for_a_checkpoint_of_another_implementation_names_convert_state_dict(layout):
+    state = {f"{i}.{key}": value for i in (0, 1) for key, value in FOREIGN[layout]().items()}
+    net = nn.Sequential(fastsn.SNLinear(3, 4), fastsn.SNLinear(3, 4))
+    with pytest.raises(RuntimeError, match=r"Missing key.*fastsn\.convert_state_dict\(state, to='fastsn'\)") as error:
+        net.load_state_dict(state)
+    assert str(error.value).count("convert_state_dict") == 1
+    missing, _ = net.load_state_dict(state, strict=False)  # nothing else is different
+    assert {*missing} <= {*net.state_dict()}
+    assert repr(missing).count("convert_state_dict") == 0
+    net.load_state_dict(fastsn.convert_state_dict(state, to="fastsn"))
+
+
+def test_the_error_for_a_plain_checkpoint_says_how_it_loads():
+    net, plain = nn.Sequential(fastsn.SNLinear(3, 4)), nn.Sequential(nn.Linear(3, 4))
+    with (
+        pytest.warns(UserWarning, match="has no u"),
+        pytest.raises(RuntimeError, match=r"Missing key.*load_state_dict\(state, strict=False\)"),
+    ):
+        net.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="no u and v"):
+        net.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(net[0].weight, plain[0].weight)
+    assert fastsn.sigmas(net)["0"].sigma == pytest.approx(
+        torch.linalg.matrix_norm(net[0].weight.detach(), 2).item(), rel=0.1
+    )
+    with pytest.raises(RuntimeError, match="Missing key") as error:
+        net.load_state_dict({})
+    assert "strict=False" not in str(error.value)
 
 
 def test_strict_loading_still_says_what_is_missing():

@@ -165,6 +165,16 @@ def test_a_loop_over_all_modules_is_told_of_convert_where_it_comes_to_the_norms(
         fastsn.spectral_norm(fastsn.SNLinear(4, 4).spectral_norm)
 
 
+def test_repr_says_which_implementation_computes():
+    kernels = "cpp" if fastsn.backends()["cpp"].available else "reference"
+    for dtype, impl in ((torch.float32, kernels), (torch.bfloat16, kernels), (torch.complex64, "reference")):
+        layer = fastsn.SNLinear(3, 4, dtype=dtype)
+        assert f"impl={impl!r}" in repr(layer).splitlines()[1]
+        assert f"impl={impl!r}" in repr(fastsn.spectral_norm(nn.Linear(3, 4, dtype=dtype)))
+    assert "impl='reference'" in repr(fastsn.SNLinear(3, 4, impl="reference"))
+    assert "impl='auto'" in repr(fastsn.SNLinear(3, 4, device="meta"))  # nobody computes there
+
+
 @pytest.mark.parametrize(
     "layer", [fastsn.SNLinear(4, 4), parametrizations.spectral_norm(nn.Linear(4, 4)), fastsn.convert(plain(), "sn")[0]]
 )
