@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -278,3 +280,8 @@ def test_configs_that_make_no_sense(field, value):
 def test_a_batch_larger_than_the_data_set():
     with pytest.raises(ValueError, match="batch_size must be at most the 1797 images of digits, got 1798"):
         data.Batches(data.digits(8), 1798, 0, CPU)
+
+
+def test_recipes_can_be_imported_without_what_only_their_command_line_needs():
+    script = "import sys; sys.modules['tyro'] = None; import digits"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(digits.__file__).parent, check=False).returncode == 0

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-import tyro
 
 from gan import run
 from gan.config import Config
@@ -16,6 +15,8 @@ from gan.config import Config
 
 def start(main: Callable[..., None]) -> None:
     """Call ``main`` with the command line. A mistake of the user or a fault of a disk ends in one line and status 1."""
+    import tyro  # only a command line needs it, so that recipes can be imported where it is not installed
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         tyro.cli(main, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
