@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import fastsn
+from dispatched import needs_kernels
 from networks import batch, network
 
 
@@ -70,6 +71,7 @@ def test_onnx():
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_can_also_be_exported_as_it_is(training):
     """For training on another machine that has fastsn: two ops, whatever the number of layers."""
+    needs_kernels()
     net, x = fastsn.fuse(network()).train(training), batch()
     twin = copy.deepcopy(net)
     program = torch.export.export(net, (x,))
