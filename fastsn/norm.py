@@ -151,10 +151,21 @@ class SpectralNorm(nn.Module):
 
     def job(self, weight: Tensor) -> Job:
         """The weight with everything that normalises it, in the dtype that is asked for now."""
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+            self._refuse_onnx(weight)
         scale = self.scale
         if isinstance(scale, Tensor):
             checks.scale_beside(weight, scale)
         return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
+
+    def _refuse_onnx(self, weight: Tensor) -> None:
+        """What the exporters themselves say of operators that ONNX lacks does not help. The reference can be exported,
+        but not by way of TorchScript."""
+        if torch.onnx.is_in_onnx_export() and (torch.jit.is_tracing() or chosen(self.impl, weight) != "reference"):
+            raise RuntimeError(
+                "ONNX has no operators for spectral norms: call fastsn.fold(model) before torch.onnx.export (on a "
+                "copy.deepcopy of a model that is to be trained on)"
+            )
 
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""

@@ -67,6 +67,19 @@ def test_onnx():
     torch.testing.assert_close(torch.from_numpy(found), expected)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_onnx_of_a_model_that_is_not_folded_is_told_to_fold(impl, fused):
+    layers = fastsn.SNLinear(3, 4, impl=impl), fastsn.spectral_norm(nn.Linear(4, 2), impl=impl)
+    net = fastsn.fuse(nn.Sequential(*layers)) if fused else nn.Sequential(*layers)
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, torch.jit.TracerWarning):
+            warnings.simplefilter("ignore", kind)
+        with pytest.raises(RuntimeError, match=r"call fastsn\.fold\(model\) before torch\.onnx\.export"):
+            torch.onnx.export(net.eval(), (torch.randn(2, 3),), io.BytesIO(), dynamo=False)
+        torch.onnx.export(fastsn.fold(net), (torch.randn(2, 3),), io.BytesIO(), dynamo=False)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_can_also_be_exported_as_it_is(training):
     """For training on another machine that has fastsn: two ops, whatever the number of layers."""
