@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint fuzz upstream bench gpu package sanitize clean
+.PHONY: demo test lint fuzz upstream bench gpu package wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -38,9 +38,15 @@ OUT ?= gpu-results
 gpu:
 	PYTHON="$(PYTHON)" OUT="$(OUT)" bash .ci/gpu
 
-# An sdist and a wheel in dist/, looked into and used away from the sources.
+# An sdist and a pure wheel in dist/; the sdist is installed in the ways that users do.
 package: $(INSTALLED)
 	$(BIN)/python .ci/check_package.py
+
+# One wheel in dist/ with the kernels for each of these, used under each. Takes some GB per version where the index has
+# only CUDA builds; nothing of CUDA goes into the wheel.
+TORCH_VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+wheel:
+	$(PYTHON) .ci/build_wheel.py $(TORCH_VERSIONS)
 
 # The op tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels; SANITIZED chooses tests.
 SANITIZED ?=
@@ -50,7 +56,8 @@ sanitize: $(INSTALLED)
 	cd build/sanitized && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		../../$(BIN)/python -m pytest -c ../../pyproject.toml -p no:cacheprovider --timeout 1200 $(SANITIZED) \
-		../../tests/test_ops.py ../../tests/test_op_errors.py ../../tests/test_storage.py
+		../../tests/test_ops.py ../../tests/test_op_errors.py ../../tests/test_storage.py \
+		../../tests/test_vector_tails.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache fastsn/_C_*

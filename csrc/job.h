@@ -60,7 +60,7 @@ struct Job {
   A *p_unit, *q_unit, *x_unit, *z_unit, *p_sigma, *q_sigma;
   A *p, *q;                  // what the local half gives, or what the accumulating half takes
   A *x, *z;                  // what the local half takes: padded, in memory order, z spread
-  A* sums;                   // per piece: x and z as accumulated
+  A* sums;                   // x and z as accumulated, of one piece after the other
   int64_t pieces, piece_rows, x_size, z_size;
   std::atomic<int64_t> pending{0};
 
@@ -89,24 +89,30 @@ struct Job {
     }
   }
 
-  A* x_sums(int64_t piece) const { return sums + piece * (x_size + z_size); }
-  A* z_sums(int64_t piece) const { return x_sums(piece) + x_size; }
+  A* x_sums(int64_t piece) const { return sums + piece * (Parts<A>::room(x_size) + Parts<A>::room(z_size)); }
+  A* z_sums(int64_t piece) const { return x_sums(piece) + Parts<A>::room(x_size); }
 
   // The given halves over the rows of one piece.
   void work(int64_t piece, int halves) const {
     const Shape& s = shape();
     const int64_t n = s.n(), wide_n = padded<A>(n);
-    A* const memory = scratch<A>((kRows + 1) * wide_n + inner_size<A>(s), 0);
-    A* const zeros = memory + kRows * wide_n;
-    A* const inner = zeros + wide_n;
+    const int64_t inner_n = inner_size<A>(s);
+    Parts<A> parts(scratch<A>((kRows + 1) * Parts<A>::room(n) + Parts<A>::room(inner_n), 0));
+    A* wide_rows[kRows];
+    for (A*& wide_row : wide_rows) wide_row = parts.take(n);
+    A* const zeros = parts.take(n);
+    A* const inner = parts.take(inner_n);
     std::memset(zeros, 0, wide_n * sizeof(A));
-    if (halves & kAccumulate) std::memset(x_sums(piece), 0, (x_size + z_size) * sizeof(A));
+    if (halves & kAccumulate) {
+      std::memset(x_sums(piece), 0, x_size * sizeof(A));
+      std::memset(z_sums(piece), 0, z_size * sizeof(A));
+    }
     const int64_t end = std::min(rows(), (piece + 1) * piece_rows);
     const auto at = [&](int64_t row) { return row * weight->rows.stride; };
     for (int64_t row = piece * piece_rows; row < end; row += kRows) {
       const A *block[kRows], *next[kRows];
       for (int r = 0; r < kRows; ++r) {
-        block[r] = row + r < end ? widened<A>(weight->rows.tensor, at(row + r), n, memory + r * wide_n) : zeros;
+        block[r] = row + r < end ? widened<A>(weight->rows.tensor, at(row + r), n, wide_rows[r]) : zeros;
         next[r] = row + r + kRows < end ? placed<A>(weight->rows.tensor, at(row + r + kRows), zeros) : zeros;
       }
       A* const block_p = p_unit ? p + row : nullptr;
@@ -122,8 +128,8 @@ struct Job {
     const auto [b, k, kb] = shape();
     A* const total = x_sums(0);
     for (int64_t piece = 1; piece < pieces; ++piece) {
-      const A* part = x_sums(piece);
-      for (int64_t i = 0; i < x_size + z_size; ++i) total[i] += part[i];
+      add(x_sums(piece), x_size, total);
+      add(z_sums(piece), z_size, z_sums(0));
     }
     if (x_unit && kb) {  // x is free by now
       std::copy_n(total, b * k, x);
@@ -138,6 +144,10 @@ struct Job {
         spread[i] = sum;  // i <= i · k: what is overwritten has been added
       }
     }
+  }
+
+  static void add(const A* part, int64_t n, A* total) {
+    for (int64_t i = 0; i < n; ++i) total[i] += part[i];
   }
 
   // Takes over x / |x| unless it is bad; sigma is |x| over the norm of the coefficients that made it.

@@ -26,4 +26,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rescale_backward(
     const at::Tensor& sigma, const at::Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
     at::IntArrayRef which, at::ArrayRef<double> factors, at::IntArrayRef dtypes);
 
+// Gives the memory of results that nobody holds any more back to the system; returns how many bytes.
+int64_t release_memory();
+
 }  // namespace fastsn

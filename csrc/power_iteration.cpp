@@ -23,18 +23,10 @@ template <class A>
 class Call {
  public:
   Call(const std::vector<Weight>& weights, A* vectors, A* sigmas) : jobs_(weights.size()) {
-    int64_t size = 0;
-    for (const bool placing : {false, true}) {
-      A* memory = placing ? scratch<A>(size, 1) : nullptr;
-      const auto take = [&](int64_t n) {
-        const int64_t wide = padded<A>(n);
-        size += placing ? 0 : wide;
-        A* const place = memory;
-        memory += placing ? wide : 0;
-        return place;
-      };
-      for (size_t i = 0; i < weights.size(); ++i) place(jobs_[i], weights[i], take, vectors, sigmas);
-    }
+    Parts<A> counted;
+    for (size_t i = 0; i < weights.size(); ++i) place(jobs_[i], weights[i], counted, vectors, sigmas);
+    Parts<A> parts(scratch<A>(counted.size(), 1));
+    for (size_t i = 0; i < weights.size(); ++i) place(jobs_[i], weights[i], parts, vectors, sigmas);
     for (size_t i = 0; i < jobs_.size(); ++i)
       for (int64_t piece = 0; piece < jobs_[i].pieces; ++piece) items_.push_back({i, piece});
     for (const Weight& w : weights) parallel_ = (elements_ += w.numel()) >= kSerial;
@@ -64,8 +56,7 @@ class Call {
   }
 
  private:
-  template <class Take>
-  static void place(Job<A>& job, const Weight& w, const Take& take, A* vectors, A* sigmas) {
+  static void place(Job<A>& job, const Weight& w, Parts<A>& parts, A* vectors, A* sigmas) {
     const View &p = w.p_view(), &q = w.q_view();
     const bool turned = w.arrangement.turned;
     const auto at = [&](const View& view, int64_t offset) { return view.used() ? vectors + offset : nullptr; };
@@ -77,18 +68,27 @@ class Call {
     job.p_sigma = p.used() ? sigmas + p.sigma : nullptr;
     job.q_sigma = q.used() ? sigmas + q.sigma : nullptr;
     const auto [b, k, kb] = w.arrangement.shape;
-    job.x_size = p.used() ? padded<A>(b * k) : 0;
+    // Vectors reach over the end of every position's B channels when kb; behind the last position there has to be room.
+    job.x_size = p.used() ? padded<A>(kb ? (k - 1) * b + padded<A>(b) : b * k) : 0;
     job.z_size = q.used() ? padded<A>(kb ? b : b * k) : 0;
     job.piece_rows = rows_per_piece(w.arrangement.rows, b * k);
     job.pieces = (w.arrangement.rows + job.piece_rows - 1) / job.piece_rows;
     // The last block of rows may be cut short; its missing rows still have a place.
     const int64_t rows = (w.arrangement.rows + kRows - 1) / kRows * kRows;
-    job.p = take(p.used() ? rows : 0);
-    job.q = take(q.used() ? rows * k : 0);
-    job.x = take(job.x_size);
-    job.z = take(job.z_size);
-    job.sums = take(job.pieces * (job.x_size + job.z_size));
-    if (job.sums) std::memset(job.p, 0, (job.sums - job.p) * sizeof(A));  // what pads must not be NaN
+    const auto cleared = [&](int64_t n) {  // what pads must not be NaN
+      A* const part = parts.take(n);
+      if (part) std::memset(part, 0, padded<A>(n) * sizeof(A));
+      return part;
+    };
+    job.p = cleared(p.used() ? rows : 0);
+    job.q = cleared(q.used() ? rows * k : 0);
+    job.x = cleared(job.x_size);
+    job.z = cleared(job.z_size);
+    for (int64_t piece = 0; piece < job.pieces; ++piece) {
+      A* const sums = parts.take(job.x_size);
+      parts.take(job.z_size);
+      if (piece == 0) job.sums = sums;
+    }
   }
 
   // Works on all pieces; who works on the last piece of a weight finishes it, in an order that is always the same.

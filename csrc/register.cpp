@@ -185,6 +185,7 @@ std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::T
 
 TORCH_LIBRARY_FRAGMENT(fastsn, m) {
   m.def("_instruction_set() -> str", [] { return std::string(fastsn::instruction_set()); });
+  m.def("_release_memory() -> int", &fastsn::release_memory);
 }
 
 TORCH_LIBRARY_IMPL(fastsn, CPU, m) {

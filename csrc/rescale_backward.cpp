@@ -147,15 +147,16 @@ class Backward {
     const Rows& out = gradient.result.rows;
     const Outer<A>& o = state.outer;
     const Shape& s = weights_[piece.weight].arrangement.shape;
-    const int64_t n = s.n(), wide_n = padded<A>(n);
-    A* const memory = scratch<A>(2 * wide_n + inner_size<A>(s), 0);
+    const int64_t n = s.n(), inner_n = inner_size<A>(s);
+    Parts<A> parts(scratch<A>(2 * Parts<A>::room(n) + Parts<A>::room(inner_n), 0));
+    A *const wide_g = parts.take(n), *const wide_out = parts.take(n), *const inner = parts.take(inner_n);
     const A* const x = o.p.empty() ? nullptr : o.x.data();
     const A* const z = o.q.empty() ? nullptr : o.z.data();
     for (int64_t row = piece.begin; row < piece.end; ++row) {
-      const A* const g = widened<A>(gradient.g.tensor, row * gradient.g.stride, n, memory);
-      A* const place = target<A>(out.tensor, row * out.stride, memory + wide_n);
+      const A* const g = widened<A>(gradient.g.tensor, row * gradient.g.stride, n, wide_g);
+      A* const place = target<A>(out.tensor, row * out.stride, wide_out);
       kernels<A>().gradient(g, s, state.alpha, x ? o.p[row] : A(0), x, z ? o.q.data() + row * s.k : nullptr, z, place,
-                            memory + 2 * wide_n);
+                            inner);
       narrowed<A>(out.tensor, row * out.stride, n, place);
     }
   }

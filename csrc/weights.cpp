@@ -133,12 +133,19 @@ A* scratch(int64_t n, int slot) {
     size_t size = 0;
   } kept[4];
   const size_t bytes = (static_cast<size_t>(n) * sizeof(A) + 4095) / 4096 * 4096;
+#ifdef __SANITIZE_ADDRESS__
+  if (kept[slot].memory) __asan_unpoison_memory_region(kept[slot].memory.get(), kept[slot].size);
+#endif
   if (kept[slot].size < bytes) {
     kept[slot].memory.reset();
     kept[slot].memory.reset(std::aligned_alloc(4096, bytes));
     kept[slot].size = kept[slot].memory ? bytes : 0;
     TORCH_CHECK(kept[slot].memory, "out of memory: ", bytes, " bytes of scratch");
   }
+#ifdef __SANITIZE_ADDRESS__
+  const size_t used = static_cast<size_t>(n) * sizeof(A);
+  __asan_poison_memory_region(static_cast<char*>(kept[slot].memory.get()) + used, kept[slot].size - used);
+#endif
   return static_cast<A*>(kept[slot].memory.get());
 }
 

@@ -3,6 +3,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <atomic>
 #include <vector>
 
@@ -89,9 +93,40 @@ inline int64_t rows_per_piece(int64_t rows, int64_t n) {
   return (each + kRows - 1) / kRows * kRows;
 }
 
-// Memory of a thread that is kept from call to call; grows, never shrinks. Aligned to a vector.
+// Memory of a thread that is kept from call to call; grows, never shrinks. Aligned to a vector. Under AddressSanitizer
+// nothing behind the n elements may be touched.
 template <class A>
 A* scratch(int64_t n, int slot);
+
+// Hands out parts of such memory, each padded to whole vectors. Under AddressSanitizer a vector lies behind each that may
+// not be touched, so that a loop that leaves its own part is found. Without memory it only counts.
+template <class A>
+class Parts {
+ public:
+  explicit Parts(A* memory = nullptr) : memory_(memory) {}
+
+  static int64_t room(int64_t n) { return n == 0 ? 0 : padded<A>(n) + kGuard; }
+
+  A* take(int64_t n) {
+    A* const part = memory_ ? memory_ + size_ : nullptr;
+    size_ += room(n);
+#ifdef __SANITIZE_ADDRESS__
+    if (part && n) __asan_poison_memory_region(part + padded<A>(n), kGuard * sizeof(A));
+#endif
+    return part;
+  }
+
+  int64_t size() const { return size_; }
+
+ private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr int64_t kGuard = lanes<A>();
+#else
+  static constexpr int64_t kGuard = 0;
+#endif
+  A* memory_;
+  int64_t size_ = 0;
+};
 
 // Elements as A, converted into `buffer` unless they are A already.
 template <class A>

@@ -38,6 +38,7 @@ from fastsn.layers import (
     SSNEmbedding,
     SSNLinear,
 )
+from fastsn.memory import release_memory
 from fastsn.model import Sigmas, fold, sigmas, warm_up
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import spectral_norm
@@ -92,6 +93,7 @@ __all__ = [
     "convert",
     "fold",
     "fuse",
+    "release_memory",
     "sigmas",
     "spectral_norm",
     "step",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastsn import origin
 
 NAMES = ("auto", "reference", "cpp", "triton")
 
@@ -43,7 +46,7 @@ def chosen(impl: str, weight: Tensor) -> str:
 
     "auto" takes the kernels of the weight's device, and the reference where there are none: complex weights, other
     devices, and inside torch.func's transforms and forward-mode differentiation, which see through the reference but
-    not into kernels.
+    not into kernels. Where it takes the reference because the C++ kernels are missing, it warns, once per process.
 
     Raises:
         ValueError: an unknown ``impl``, or one for other devices than the weight's.
@@ -55,8 +58,13 @@ def chosen(impl: str, weight: Tensor) -> str:
     device = weight.device
     if impl == "auto":
         kernels = _DEVICES.get(device.type)
-        served = kernels is not None and weight.dtype in _DTYPES[kernels] and not transformed()
-        return kernels if kernels is not None and served and served_by(kernels, device).available else "reference"
+        if kernels is None or weight.dtype not in _DTYPES[kernels] or transformed():
+            return "reference"
+        if served_by(kernels, device).available:
+            return kernels
+        if kernels == "cpp":
+            _warn_once()
+        return "reference"
     available(impl)
     if _DEVICES.get(device.type) != impl:
         wanted = next(name for name, kernels in _DEVICES.items() if kernels == impl)
@@ -71,6 +79,18 @@ def chosen(impl: str, weight: Tensor) -> str:
             f"impl={impl!r} does not work inside torch.func transforms or forward-mode differentiation: use 'auto'"
         )
     return impl
+
+
+def _warn_once() -> None:
+    """That there are no C++ kernels. Not while a graph is traced, which cannot hold a warning."""
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"fastsn has no C++ kernels, weights on the CPU are normalized by the slower reference: {_CPP.detail}. "
+            'impl="reference" asks for it without this warning',
+            stacklevel=2,
+        )
 
 
 def served_by(impl: str, device: torch.device) -> Backend:
@@ -129,23 +149,26 @@ def transformed() -> bool:
 
 
 def _load_cpp() -> Backend:
-    """Load the extension that setup.py built for this version of torch."""
+    """Load the extension that was built for this version of torch: an installation may hold several."""
     folder = Path(__file__).parent
     ours = "_C_torch" + "_".join(torch.__version__.split(".")[:2]) + "."
-    files = sorted(folder.glob("_C_torch*"))
-    for path in (path for path in files if path.name.startswith(ours)):
-        try:
-            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-        except (OSError, RuntimeError) as error:
-            return Backend(False, f"{path.name} cannot be loaded: {error}")
-        return Backend(True, f"C++ kernels, {torch.ops.fastsn._instruction_set()}")
+    files = sorted(path.name for path in folder.glob("_C_torch*"))
+    try:
+        for name in (name for name in files if name.startswith(ours)):
+            torch.ops.load_library(folder / name)  # type: ignore[no-untyped-call]
+            return Backend(True, f"C++ kernels, {torch.ops.fastsn._instruction_set()}")
+    except (OSError, RuntimeError) as error:
+        return _missing(f"{name} cannot be loaded: {error}")
     if files:
-        return Backend(False, f"built for another torch ({files[0].name}), this is {torch.__version__}: install again")
+        return _missing(f"built for another torch ({', '.join(files)}), this is {torch.__version__}")
     reason = folder / "_C_missing.txt"
-    if reason.exists():
-        return Backend(False, reason.read_text().strip())
-    return Backend(False, "not built, torch was missing at the build: install with pip's --no-build-isolation")
+    return _missing(reason.read_text().strip() if reason.exists() else "not built")
+
+
+def _missing(reason: str) -> Backend:
+    return Backend(False, f"{reason.rstrip('.')}. To build them, with a C++ compiler at hand: {origin.reinstall()}")
 
 
 _CPP = _load_cpp()
+_warned = False
 _REFERENCE = Backend(True, "plain torch, any device and dtype")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def weight(value: object, name: str) -> Tensor:
     """``value`` if it is a weight that can be normalised.
 
     Raises:
-        TypeError: not a tensor, not floating point or complex, or a sharded DTensor.
+        TypeError: not a tensor, not floating point or complex, not dense, or a sharded DTensor.
         ValueError: lazy (not initialised yet), without dimensions, or without elements.
     """
     if type(value) is not nn.Parameter and type(value) is not Tensor:  # the usual kinds are asked no further
@@ -27,6 +28,8 @@ def weight(value: object, name: str) -> Tensor:
     assert isinstance(value, Tensor)
     if not (value.is_floating_point() or value.is_complex()):
         raise TypeError(f"{name} must be floating point or complex, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {value.layout}: make it dense by to_dense() first")
     if value.ndim == 0 or value.numel() == 0:
         raise ValueError(f"{name} must have at least one dimension and one element, got shape {tuple(value.shape)}")
     return value
@@ -44,21 +47,35 @@ def _whole(value: object, name: str) -> None:
 
 
 def count(value: object, name: str) -> int:
-    """``value`` if it is an integer of at least 1; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
+    """``value`` as an int of at least 1; TypeError or ValueError otherwise."""
+    number = integer(value, name)
+    if number < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return number
+
+
+def integer(value: object, name: str) -> int:
+    """``value`` as an int, numpy's too; TypeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def flag(value: object, name: str) -> bool:
+    """``value`` if it is True or False; TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def eps(value: object) -> float:
-    """``value`` if it is a finite float of at least 0; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """``value`` as a finite float of at least 0; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"eps must be a float, got {value!r}")
-    if not 0 <= value < math.inf:
+    number = float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"eps must be finite and at least 0, got {value}")
-    return float(value)
+    return number
 
 
 def scale(value: object, variant: Variant) -> float | Tensor:
@@ -75,7 +92,7 @@ def scale(value: object, variant: Variant) -> float | Tensor:
             )
         if value.requires_grad and not isinstance(value, nn.Parameter):
             raise TypeError("scale must be a float, a Parameter or a tensor without requires_grad, got one that has it")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"scale must be a float or a tensor, got {value!r}")
     if not (isinstance(value, Tensor) and value.is_meta):
         number = float(value.detach() if isinstance(value, Tensor) else value)
@@ -86,6 +103,29 @@ def scale(value: object, variant: Variant) -> float | Tensor:
         came = f"a {type(value).__name__}" if isinstance(value, Tensor) else value
         raise ValueError(f"scale must be 1.0 for variant {variant.name!r}, got {came}; it is free for {free}")
     return value if isinstance(value, Tensor) else float(value)
+
+
+def scale_beside(weight: Tensor, scale: object) -> None:
+    """Raises ValueError for a scale on the meta device whose weight is not there: kernels would read garbage."""
+    if isinstance(scale, Tensor) and scale.is_meta and not weight.is_meta:
+        raise ValueError(f"scale must have values as the weight has, got a meta tensor and a weight on {weight.device}")
+
+
+def vectors_by_view(value: object) -> Mapping[str, Sequence[Tensor]]:
+    """``value`` if it is a mapping whose keys are views; TypeError or ValueError otherwise."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"vectors must be a mapping of view to (u, v), got {type(value).__name__}")
+    unknown = [view for view in value if view not in views.VIEWS]
+    if unknown:
+        known = " and ".join(map(repr, views.VIEWS))
+        raise ValueError(f"vectors must have the views {known} as keys, got {unknown[0]!r}")
+    return value
+
+
+def has_norms(found: object, argument: str) -> None:
+    """Raises ValueError for a model in which no norm of fastsn was found."""
+    if not found:
+        raise ValueError(f"{argument} must have norms of fastsn, got none: call fastsn.convert on it first")
 
 
 def lengths(found: Sequence[Tensor], sizes: Sequence[int], name: str) -> None:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,10 +16,19 @@ from fastsn.serving import Hold, region
 REMEMBERED = 16  # holds that have ended, for the backward of their forward
 
 
+class _Lasting(NamedTuple):
+    """``thread``: the one that opened it, None for all. ``shared``: forwards of fused models in threads that have
+    opened none are served by it too, as by a step, and open none of their own."""
+
+    thread: int | None
+    hold: Hold
+    shared: bool
+
+
 class Holds:
     """The holds of one norm: those that last, each of the thread that opened it, and the last ones that have ended."""
 
-    def __init__(self, lasting: Iterable[tuple[int | None, Hold]] = ()) -> None:
+    def __init__(self, lasting: Iterable[_Lasting] = ()) -> None:
         self._lasting = list(lasting)
         self._ended: deque[Hold] = deque(maxlen=REMEMBERED)
         self._again: deque[Hold] = deque(maxlen=REMEMBERED)  # for regions in regions; they must not push out the others
@@ -28,25 +37,26 @@ class Holds:
 
     def of_everyone(self) -> Holds:
         """The same for a replica, whose thread is none of those that opened them."""
-        return Holds((None, hold) for _, hold in self._lasting)
+        return Holds(entry._replace(thread=None) for entry in self._lasting)
 
-    def of_this_thread(self) -> bool:
-        """Whether one lasts that this thread has opened."""
+    def serve_a_forward(self) -> bool:
+        """Whether one lasts that serves a fused forward in this thread: its own, or one that is shared."""
         if torch.compiler.is_compiling():
             return bool(self._lasting)
-        return any(thread in (None, _thread()) for thread, _ in self._lasting)
+        me = _thread()
+        return any(entry.shared or entry.thread in (None, me) for entry in self._lasting)
 
-    def open(self, hold: Hold) -> None:
+    def open(self, hold: Hold, shared: bool) -> None:
         """From now on it counts, before those that were opened earlier."""
-        self._lasting.append((_thread(), hold))
+        self._lasting.append(_Lasting(_thread(), hold, shared))
 
     def close(self, hold: Hold) -> None:
         """In any order."""
-        if self._lasting[-1][1] is hold:
+        if self._lasting[-1].hold is hold:
             self._lasting.pop()
         else:
             # Other threads open and close theirs meanwhile: each step has to be one for the interpreter.
-            self._lasting.remove(next(entry for entry in list(self._lasting) if entry[1] is hold))
+            self._lasting.remove(next(entry for entry in list(self._lasting) if entry.hold is hold))
         if not torch.compiler.is_compiling():
             hold.close()
             self._remember(hold)
@@ -69,12 +79,12 @@ class Holds:
         """What a use is served by: where backward runs a region again, the hold that its forward had; otherwise this
         thread's newest, or the newest of all, so that the threads of replicas and of backward are served too."""
         if torch.compiler.is_compiling():
-            return self._lasting[-1][1] if self._lasting else None
+            return self._lasting[-1].hold if self._lasting else None
         task = torch._C._current_graph_task_id()
         if task == -1 and not self._lasting:
             return None
         me, mine = threading.get_ident(), None
-        for thread, hold in reversed(self._lasting):
+        for thread, hold, _ in reversed(self._lasting):
             if thread is None or thread == me:
                 mine = hold
                 break
@@ -83,14 +93,16 @@ class Holds:
             if found is not None and found.end is not None:
                 self._again.append(found.repeated())
             return found
-        return mine if mine is not None or not self._lasting else self._lasting[-1][1]
+        return mine if mine is not None or not self._lasting else self._lasting[-1].hold
 
     def of_the_forward(self) -> Hold | None:
         """Inside a backward, the hold that the forward had of the region that runs once more. Where a region has had
         several, each call gives the next."""
         node, here = torch._C._current_autograd_node(), region()
         at = -1 if node is None else node._sequence_nr()
-        known = sorted((*self._ended, *self._again, *(hold for _, hold in self._lasting)), key=lambda hold: hold.begin)
+        known = sorted(
+            (*self._ended, *self._again, *(entry.hold for entry in self._lasting)), key=lambda hold: hold.begin
+        )
         before = [hold for hold in known if hold.begin <= at]
         newest = next((hold for hold in reversed(before) if hold.around(at)), before[-1] if before else None)
         if here is None and isinstance(node, torch.autograd.function.FunctionCtx):
@@ -109,7 +121,7 @@ class Holds:
             )
             return newest or known[0]
         if not own:
-            return newest or (self._lasting[-1][1] if self._lasting else None)
+            return newest or (self._lasting[-1].hold if self._lasting else None)
         key = (torch._C._current_graph_task_id(), at, here)
         count = self._asked[1] + 1 if self._asked[0] == key else 0
         self._asked = (key, count)

@@ -63,7 +63,7 @@ class Hook(Place):
                     del hooks[key]
         setattr(owner, tensor, weight)  # over the plain attribute
         register(owner, tensor, norm)
-        owner.register_load_state_dict_pre_hook(OldKeys(tensor))  # type: ignore[no-untyped-call]
+        owner.register_load_state_dict_pre_hook(OldKeys(self._hook))  # type: ignore[no-untyped-call]
 
 
 def hooks_of(module: nn.Module) -> dict[int, TorchHook]:
@@ -73,18 +73,22 @@ def hooks_of(module: nn.Module) -> dict[int, TorchHook]:
 
 class OldKeys:
     """Before a state dict is loaded: what the old hook called ``{tensor}_orig``, ``_u``, ``_v`` gets the names that
-    parametrizations use, where the module has those."""
+    parametrizations use, where the module has those. From before torch 1.0 there is W / sigma in ``{tensor}`` instead
+    of ``_v``: torch's own hook for loading solves for v."""
 
-    def __init__(self, tensor: str) -> None:
-        self.tensor = tensor
+    def __init__(self, hook: TorchHook) -> None:
+        self._tensor, self._upgrade = hook.name, SpectralNormLoadStateDictPreHook(hook)
 
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename in place, as a hook for loading."""
-        if not parametrize.is_parametrized(module, self.tensor):  # removed, or folded
+        if not parametrize.is_parametrized(module, self._tensor):  # removed, or folded
             return
-        chain = chain_of(module, self.tensor)
+        old = prefix + self._tensor
+        if all(old + suffix in state_dict for suffix in ("_orig", "", "_u")):
+            self._upgrade(state_dict, prefix, *rest)
+        chain = chain_of(module, self._tensor)
         expected = {name for name, _ in (*chain.named_parameters(), *chain.named_buffers())}
         for suffix, new in (("_orig", "original"), ("_u", "0._u"), ("_v", "0._v")):
-            value = state_dict.pop(f"{prefix}{self.tensor}{suffix}", None)
+            value = state_dict.pop(old + suffix, None)
             if value is not None and new in expected:  # a 1-D tensor has no u and v any more
-                state_dict.setdefault(f"{prefix}parametrizations.{self.tensor}.{new}", value)
+                state_dict.setdefault(f"{prefix}parametrizations.{self._tensor}.{new}", value)

@@ -63,6 +63,12 @@ def requires_grad(weight: Tensor, scale: float | Tensor) -> bool:
     return weight.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
 
 
+def saveable(scale: Tensor) -> Tensor:
+    """A scale that a graph can save: of a buffer a copy. DDP of torch 2.10 and 2.11 writes over buffers before each
+    forward, and the first of two would find what it has saved overwritten."""
+    return scale if scale.requires_grad or not torch.is_grad_enabled() else scale.clone()
+
+
 def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     """Iterate ``n`` times, ``store`` the vectors, rescale: one call of each op for all jobs of a device and width."""
     if len(jobs) == 1:
@@ -103,17 +109,18 @@ def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor
 def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     lists = _lists(jobs)
     sigma, vectors = (ops.power_iteration_ if store and n else ops.power_iteration)(*lists, n)
-    scales: list[Tensor] = []
+    tensors: list[Tensor] = []
     which, factors = [], []
     for job in jobs:
         if isinstance(job.scale, Tensor):
-            known = next((i for i, scale in enumerate(scales) if scale is job.scale), None)
-            which.append(len(scales) if known is None else known)
+            known = next((i for i, scale in enumerate(tensors) if scale is job.scale), None)
+            which.append(len(tensors) if known is None else known)
             factors.append(1.0)
-            scales += [job.scale] * (known is None)
+            tensors += [job.scale] * (known is None)
         else:
             which.append(-1)
             factors.append(job.scale)
+    scales = [saveable(scale) for scale in tensors]
     dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
     outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
     batch = _Batch([job.vectors for job in jobs], vectors)
@@ -127,7 +134,8 @@ def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]
         # Widened once: the parts of a half-precision gradient are added up before it is rounded.
         weights = [job.weight.to(reference.wide(job.weight.dtype)) for job in jobs]
         sigmas = reference.sigmas([views.as_oik(w, job.dim) for w, job in zip(weights, jobs, strict=True)], vectors)
-        outputs = reference.rescale(weights, sigmas, [job.scale for job in jobs], [job.dtype for job in jobs])
+        scales = [saveable(job.scale) if isinstance(job.scale, Tensor) else job.scale for job in jobs]
+        outputs = reference.rescale(weights, sigmas, scales, [job.dtype for job in jobs])
     return [Normalised(w, Fixed(made_with)) for w, made_with in zip(outputs, vectors, strict=True)]
 
 
@@ -135,7 +143,7 @@ def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]
 def _iterate_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Vectors]:
     """The vectors after ``n`` rounds: always private copies, for the next forward overwrites the buffers in place."""
     if n == 0:
-        return [{view: (u.clone(), v.clone()) for view, (u, v) in job.vectors.items()} for job in jobs]
+        return [_copies(job.vectors) for job in jobs]
     under_transforms = transformed()
     # no_grad leaves forward mode on, but an iteration is constant to every derivative.
     constant = forward_ad._set_fwd_grad_enabled(False) if under_transforms else nullcontext()
@@ -150,7 +158,15 @@ def _iterate_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Vectors
                         buffer.copy_(vector)
                     else:  # out= also works on captured buffers inside torch.func transforms, as torch's does
                         torch.mul(vector, 1, out=buffer)
-    return new
+    return [_copies(vectors) for vectors in new] if torch.compiler.is_compiling() else new
+
+
+def _copies(vectors: Vectors) -> Vectors:
+    """Copies that a compiled graph saves for its backward. What is made element by element it may instead make again
+    there, from the buffers, which the next forward has overwritten by then; a concatenation it never makes twice."""
+    tensors = [x for pair in vectors.values() for x in pair]
+    parts = torch.split(torch.cat(tensors), [x.numel() for x in tensors])
+    return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(vectors)}
 
 
 _RUN = {"reference": _run_reference, "cpp": _run_kernels, "triton": _run_kernels}
@@ -158,7 +174,9 @@ _RUN = {"reference": _run_reference, "cpp": _run_kernels, "triton": _run_kernels
 
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is on for a type of device; False where there is no such thing."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # The compiler of torch 2.10 and 2.11 cannot trace the question whether there is: asked only where there may not be.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def no_autocast(weight: Tensor) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsn import variants, views
+from fastsn import checks, variants, views
 from fastsn.norm import SpectralNorm
 
 _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
@@ -55,7 +55,8 @@ class Normalised(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if scale_bias and not (variants.get(self.variant).free_scale and hasattr(self, "bias")):
+        has_bias = getattr(self, "bias", None) is not None
+        if checks.flag(scale_bias, "scale_bias") and not (variants.get(self.variant).free_scale and has_bias):
             raise ValueError(f"scale_bias must be False, got True: {type(self).__name__} has no free scale or no bias")
         self.scale_bias = scale_bias
         self.spectral_norm = SpectralNorm(

@@ -72,10 +72,11 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
         The same model.
 
     Raises:
-        ValueError: ``iterations`` < 1, or a weight on the meta device.
+        ValueError: ``iterations`` < 1, a model without norms of fastsn, or a weight on the meta device.
     """
-    checks.count(iterations, "iterations")
-    for site, _ in weights(model, vectors_too=False):
+    iterations, found = checks.count(iterations, "iterations"), weights(model, vectors_too=False)
+    checks.has_norms(found, "model")
+    for site, _ in found:
         site.norm.warm_up(site.weight(), iterations)  # asked again: norms on one tensor follow one another
     return model
 
@@ -92,9 +93,10 @@ def fold(model: Module) -> Module:
 
     Raises:
         TypeError: a user's subclass of a fastsn layer, which has no plain counterpart. The model is unchanged.
-        ValueError: a weight on the meta device. The model is unchanged.
+        ValueError: a model without norms of fastsn; a weight on the meta device. The model is unchanged.
     """
     found = [site for site, _ in weights(model)]
+    checks.has_norms(found, "model")
     for site in found:
         if isinstance(site.owner, Normalised) and "variant" not in type(site.owner).__dict__:
             raise TypeError(f"model has {type(site.owner).__name__} at {site.name!r}, a subclass that cannot be folded")

@@ -78,24 +78,26 @@ class SpectralNorm(nn.Module):
         super().__init__()
         row = variants.get(variant)
         checks.weight(weight, "weight")
-        checks.count(n_power_iterations, "n_power_iterations")
+        n_power_iterations = checks.count(n_power_iterations, "n_power_iterations")
+        self.ndim = weight.ndim
         self.dim = views.wrap_dim(dim, weight.ndim)
         self.eps = checks.eps(eps)
         self.variant = variant
         self.impl = available(impl)
         scale = checks.scale(scale, row)
+        checks.scale_beside(weight, scale)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale)
         else:
             self.scale = scale
         self.follows_autocast = follows_autocast
+        given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.views: tuple[str, ...] = ()
         self.holds = Holds()
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik, wide = views.as_oik(weight.detach(), self.dim), reference.wide(weight.dtype)
             self.views = views.distinct(row.views, oik)
-            given: Vectors = vectors or {}
             for view in self.views:
                 sizes = views.vector_sizes(oik, view)
                 pair = given[view] if view in given else [self._draw(oik.new_empty(n, dtype=wide)) for n in sizes]
@@ -109,9 +111,17 @@ class SpectralNorm(nn.Module):
     def _draw(self, vector: Tensor) -> Tensor:
         return F.normalize(vector.normal_(0, 1), dim=0)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale" and not isinstance(value, Tensor):  # tensors: FSDP and replicas put theirs here all the time
+            value = checks.scale(value, variants.get(self.variant))
+        super().__setattr__(name, value)
+
     def forward(self, weight: Tensor) -> Tensor:
         """The normalised weight: same shape and strides, same dtype (or autocast's). Iterates in training mode."""
-        if weight.ndim == 1:
+        if getattr(weight, "ndim", None) != self.ndim:
+            weight = checks.weight(weight, "weight")
+            raise ValueError(f"weight must have {self.ndim} dimensions as at construction, got {weight.ndim}")
+        if self.ndim == 1:
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
         hold = self.holds.in_force()
@@ -125,7 +135,7 @@ class SpectralNorm(nn.Module):
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """scale * tensor, in the tensor's dtype."""
-        return tensor * (self.scale.reshape(()) if isinstance(self.scale, Tensor) else self.scale)
+        return tensor * (jobs.saveable(self.scale).reshape(()) if isinstance(self.scale, Tensor) else self.scale)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Assigning to a parametrized tensor stores the value as it is, as torch does."""
@@ -142,11 +152,14 @@ class SpectralNorm(nn.Module):
 
     def job(self, weight: Tensor) -> Job:
         """The weight with everything that normalises it, in the dtype that is asked for now."""
-        return Job(weight, self.dim, self.vectors(), self.scale, self._out_dtype(weight), self.impl)
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            checks.scale_beside(weight, scale)
+        return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
 
     def advance(self, weight: Tensor, rounds: int) -> None:
-        """Iterate and store, whatever the mode."""
-        jobs.iterate(self.job(weight), rounds)
+        """Iterate and store, whatever the mode. No scale is needed for it."""
+        jobs.iterate(Job(weight, self.dim, self.vectors(), 1.0, weight.dtype, self.impl), rounds)
 
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""
@@ -183,12 +196,12 @@ class SpectralNorm(nn.Module):
         if weight.ndim > 1:
             self.advance(weight, iterations)
 
-    def hold(self, normalised: Normalised, job: Job, begin: int) -> Callable[[], None]:
+    def hold(self, normalised: Normalised, job: Job, begin: int, shared: bool) -> Callable[[], None]:
         """Serve every later use from these vectors without iterating, until the returned function is called: this W̄
         while it is right, one made anew where it is not. The newest hold counts; holds may end in any order.
-        ``begin``: ``serving.nodes()`` before it was made."""
+        ``begin``: ``serving.nodes()`` before it was made; ``shared``: see ``Holds``."""
         hold = Hold(normalised.fixed, job, begin, normalised.weight)
-        self.holds.open(hold)
+        self.holds.open(hold, shared)
         return lambda: self.holds.close(hold)
 
     def _oik(self, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, TypeVar
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastsn import checks, views
 from fastsn.norm import SpectralNorm
@@ -55,7 +58,8 @@ def spectral_norm(
         The same module.
 
     Raises:
-        ValueError: no tensor ``name``, or a lazy or empty one; n_power_iterations < 1; unknown variant; a bad scale.
+        ValueError: no tensor ``name``, or a lazy or empty one, or one that torch's old hook makes;
+            n_power_iterations < 1; unknown variant; a bad scale.
         IndexError: ``dim`` out of range.
         TypeError: a weight that is not floating point or complex, or that is a sharded DTensor.
 
@@ -67,12 +71,7 @@ def spectral_norm(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-    weight = getattr(module, name, None)
-    if not isinstance(weight, Tensor):
-        raise ValueError(
-            f"name must be a parameter or buffer of {type(module).__name__}, got {name!r}; it has "
-            + (", ".join([n for n, _ in module.named_parameters(recurse=False)]) or "no parameters")
-        )
+    weight = _tensor(module, name)
     checks.weight(weight, f"{type(module).__name__}.{name}")
     dim = views.output_dim(module) if dim is None else dim
     norm = SpectralNorm(
@@ -91,6 +90,39 @@ def spectral_norm(
         parametrize.register_parametrization(module, name, norm)
     brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
     return module
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """The tensor that is to be normalised. Says what to do where another norm is there already."""
+    kind = type(module).__name__
+    chains = list(module.values()) if isinstance(module, nn.ModuleDict) else [module]
+    if chains and all(isinstance(chain, ParametrizationList | SpectralNorm) for chain in chains):
+        raise ValueError(
+            f"module must be a layer, got a {kind} that belongs to a norm, as model.modules() gives them too: "
+            "call fastsn.convert(model, variant) for all layers of a model"
+        )
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, TorchHook) and name in (hook.name, f"{hook.name}_orig"):
+            raise ValueError(
+                f"{kind}.{name} has a norm of torch.nn.utils.spectral_norm already: call fastsn.convert(module), which "
+                "makes it fastsn's"
+            )
+    chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()  # type: ignore[index]
+    own = module._modules.get("spectral_norm") if name == "weight" else None  # of a fastsn layer
+    if any(isinstance(part, SpectralNorm | TorchNorm) for part in (*chain, own)):
+        warnings.warn(
+            f"{kind}.{name} has a spectral norm already, this one comes on top; fastsn.convert(module, variant) "
+            "changes the one that is there",
+            stacklevel=3,
+        )
+    weight = getattr(module, name, None) if isinstance(name, str) else None
+    if not isinstance(weight, Tensor) or name in module.__dict__:
+        hooked = ", a tensor that a hook makes" if isinstance(weight, Tensor) else ""
+        raise ValueError(
+            f"name must be a parameter or buffer of {kind}, got {name!r}{hooked}; it has "
+            + (", ".join([n for n, _ in module.named_parameters(recurse=False)]) or "no parameters")
+        )
+    return weight
 
 
 def own_class(module: nn.Module) -> None:

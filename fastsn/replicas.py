@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from fastsn import checks
 from fastsn.norm import SpectralNorm
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     Raises:
         RuntimeError: torch.distributed is missing or not initialised.
         TypeError: ``model`` is not a module.
-        ValueError: this rank is not in the group; or, on every rank, models that differ, or vectors on the meta device.
-            No vector has moved.
+        ValueError: this rank is not in the group; or, on every rank, models that differ or have no norms of fastsn, or
+            vectors on the meta device. No vector has moved.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -71,6 +72,7 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     everyones: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyones, mine, group=group)
     _check_alike(everyones)
+    checks.has_norms(_norms(model), "model")
     for device in devices:
         buffers = [x for x in state.values() if x.device == device]
         # As bytes: all dtypes in one call, complex ones too, which not every backend sends.
@@ -127,11 +129,12 @@ def copy_vectors(source: nn.Module, target: Module) -> Module:
 
     Raises:
         TypeError: not modules.
-        ValueError: a norm that only one of them has, vectors of other shapes, vectors on the meta device. Nothing has
-            been copied.
+        ValueError: a model without norms of fastsn, a norm that only one of them has, vectors of other shapes, vectors
+            on the meta device. Nothing has been copied.
     """
     for model, argument in ((source, "source"), (target, "target")):
         _check_module(model, argument)
+        checks.has_norms(_norms(model), argument)
     theirs, ours = (
         {name: x for name, x in _state(_unwrapped(model)).items() if name.rpartition(".")[2] != "scale"}
         for model in (source, target)
@@ -156,11 +159,14 @@ def _check_module(model: object, argument: str) -> None:
         raise TypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
 
 
+def _norms(model: nn.Module) -> list[tuple[str, SpectralNorm]]:
+    """With their names. Norms that a user's own module calls count like those of layers."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, SpectralNorm)]
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """What the norms keep beside Parameters: u and v, and ``scale`` where it is a tensor. Norms that a user's own
-    module calls count like those of layers."""
-    norms = [(path, module) for path, module in model.named_modules() if isinstance(module, SpectralNorm)]
-    return {name: x for path, norm in norms for name, x in norm.named_buffers(prefix=path, recurse=False)}
+    """What the norms keep beside Parameters: u and v, and ``scale`` where it is a tensor."""
+    return {name: x for path, norm in _norms(model) for name, x in norm.named_buffers(prefix=path, recurse=False)}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsn import jobs, serving
+from fastsn import checks, jobs, serving
+from fastsn.jobs import Normalised
 from fastsn.serving import Hold
 from fastsn.sites import Site, sites, weights
 
@@ -43,13 +44,14 @@ class step:
     ``DataParallel`` and of ``backward``.
 
     Raises:
-        ValueError: a weight on the meta device. No vector has moved.
-        TypeError: a sharded DTensor: open the step where the weights are whole. No vector has moved.
+        ValueError: a model without norms of fastsn; a weight on the meta device. No vector has moved.
+        TypeError: ``advance`` is no bool; a sharded DTensor: open the step where the weights are whole. No vector has
+            moved.
         RuntimeError: a step that is entered a second time. The first is as it was.
     """
 
     def __init__(self, model: nn.Module, advance: bool = True) -> None:
-        self._model, self._advance = model, advance
+        self._model, self._advance = model, checks.flag(advance, "advance")
         self._release: Callable[[], None] | None = None
 
     def __enter__(self) -> None:
@@ -82,8 +84,7 @@ def fuse(model: Module) -> Module:
         ValueError: a model without norms of fastsn.
         TypeError, from the forward: a sharded DTensor (fuse the parts that FSDP unshards as a whole).
     """
-    if not sites(model):
-        raise ValueError("model must have norms of fastsn, got none: call fastsn.convert on it first")
+    checks.has_norms(sites(model), "model")
     if _enter not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter)
         model.register_forward_hook(_leave, always_call=True)
@@ -148,13 +149,39 @@ def _leave(model: nn.Module, *_: Any) -> None:
             break
 
 
+def _advise_on_a_second_backward(made: list[Normalised]) -> None:
+    """torch's own error knows nothing of steps. A hook of the node costs some microseconds, and all weights of a call
+    of the kernels have one node."""
+    for node in {m.weight.grad_fn for m in made if m.weight.grad_fn is not None}:
+        node.register_prehook(_Advice())
+
+
+class _Advice:
+    """Before a backward goes through a node."""
+
+    def __init__(self) -> None:
+        self._freed = False
+
+    def __call__(self, _: Any) -> None:
+        if self._freed:
+            raise RuntimeError(
+                "backward has come to the weights of a fastsn.step a second time, and the first has freed their graph: "
+                "all uses in a step share one. Call one backward for the sum of the losses, or leave the step out "
+                "(fastsn.fuse(model) needs none), or give all backward calls but the last one retain_graph=True"
+            )
+        if not torch.compiler.is_compiling():  # compiled autograd would see a call that it cannot trace
+            self._freed = not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
-    """One call for all weights, or for those that this thread does not hold already; returns what ends it."""
+    """One call for all weights, or for those that nothing serves here yet; returns what ends it."""
     groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor, Hold | None]]] = {}
-    begin, run_again = serving.nodes(), serving.run_again()
-    for site, weight in weights(model):
+    begin, run_again, here = serving.nodes(), serving.run_again(), weights(model)
+    if not only_free:
+        checks.has_norms(here, "model")
+    for site, weight in here:
         norm = site.norm
-        if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
+        if not norm.views or (only_free and norm.holds.serve_a_forward()):  # a 1-D weight has no vectors to share
             continue
         again = norm.holds.of_the_forward() if run_again else None
         rounds = norm.rounds() if again is None else 0
@@ -175,7 +202,12 @@ def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> 
                     job = site.norm.job(site.weight() if depth else weight)
                     todo.append(job if again is None else job._replace(vectors=again.vectors()))
                 made = jobs.normalize(todo, rounds, store)
-            releases += [s.norm.hold(w, job, begin) for (s, _, _), w, job in zip(found, made, todo, strict=True)]
+            if not (only_free or torch.compiler.is_compiling()):
+                _advise_on_a_second_backward(made)
+            releases += [
+                s.norm.hold(w, job, begin, shared=not only_free)
+                for (s, _, _), w, job in zip(found, made, todo, strict=True)
+            ]
     except BaseException:
         release()
         raise

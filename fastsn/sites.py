@@ -32,7 +32,11 @@ class Site(NamedTuple):
             weight = self.chain.original
         else:
             weight = evaluated(self.chain, self.place)
-        return checks.weight(weight, self.name or type(self.owner).__name__)
+        return checks.weight(weight, self.where())
+
+    def where(self) -> str:
+        """What errors call it: its name, and the class of a model that is itself the layer."""
+        return self.name or type(self.owner).__name__
 
 
 def evaluated(chain: ParametrizationList, count: int | None = None, held: bool = True) -> Tensor:
@@ -82,13 +86,17 @@ def weights(model: nn.Module, vectors_too: bool = True) -> list[tuple[Site, Tens
     """All sites with their weights, once all of them (and all vectors) are known to have values: else nothing moves."""
     found = []
     for site in sites(model):
-        weight = site.weight()
+        weight, scale = site.weight(), site.norm.scale
         if weight.is_meta:
             raise ValueError(
-                f"weight of {site.name!r} must have values, got a meta tensor: materialise the model first"
+                f"weight of {site.where()!r} must have values, got a meta tensor: materialise the model first"
             )
+        if vectors_too and isinstance(scale, Tensor) and scale.is_meta:
+            raise ValueError(f"scale of {site.where()!r} must have values, got a meta tensor")
         if vectors_too and any(x is not None and x.is_meta for x in site.norm._buffers.values()):
-            raise ValueError(f"u and v of {site.name!r} must have values, got meta tensors: call fastsn.warm_up first")
+            raise ValueError(
+                f"u and v of {site.where()!r} must have values, got meta tensors: call fastsn.warm_up first"
+            )
         found.append((site, weight))
     return found
 

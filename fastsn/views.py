@@ -16,6 +16,8 @@ ConvTranspose), and the norm is that of this tensor, which bounds the norm of ev
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from torch import Tensor, nn
 
 VIEWS = ("out", "in")
@@ -33,10 +35,13 @@ def wrap_dim(dim: int, ndim: int) -> int:
 
     Raises:
         IndexError: ``dim`` is not in [-ndim, ndim - 1].
+        TypeError: ``dim`` is not an integer.
     """
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
+        raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -ndim <= dim < ndim:
         raise IndexError(f"dim must be in [{-ndim}, {ndim - 1}] for a weight of {ndim} dimensions, got {dim}")
-    return dim % ndim
+    return int(dim) % ndim
 
 
 def as_oik(weight: Tensor, dim: int) -> Tensor:

@@ -15,6 +15,14 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 
+def pytest_configure(config):
+    """Without the C++ kernels the tests run on the reference; that this is said once is tested in test_backends.py."""
+    import fastsn
+
+    if not fastsn.backends()["cpp"].available:
+        config.addinivalue_line("filterwarnings", r"ignore:fastsn has no C\+\+ kernels:UserWarning")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

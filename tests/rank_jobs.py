@@ -213,10 +213,11 @@ def not_a_model(_: int) -> str:
     return str(error.value)
 
 
-def nothing_to_sync(_: int) -> bool:
-    """A model without norms comes back."""
-    model = nn.Linear(2, 2)
-    return fastsn.sync(model) is model
+def nothing_to_sync(_: int) -> str:
+    """The error for a model without norms."""
+    with pytest.raises(ValueError, match="norms") as error:
+        fastsn.sync(nn.Linear(2, 2))
+    return str(error.value)
 
 
 def copy_through_ddp(rank: int) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ import torch
 from torch import nn
 
 import fastsn
-from fastsn.backends import triton
+from fastsn import origin
+from fastsn.backends import Backend, triton
 
 ROOT = Path(fastsn.__file__).parent.parent
 HAS_CPP = fastsn.backends()["cpp"].available
@@ -36,6 +40,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 ASK = "import fastsn; print(fastsn.__file__, *fastsn.backends()['cpp'])"
+LIBRARY = "_C_torch" + "_".join(torch.__version__.split(".")[:2]) + ".abi3.so"
 
 
 def test_every_implementation_says_what_it_is_or_why_it_is_not_there():
@@ -47,24 +52,119 @@ def test_every_implementation_says_what_it_is_or_why_it_is_not_there():
         assert found["cpp"].detail.split(", ")[1] in ("AVX-512", "AVX2", "baseline")
 
 
-def test_without_a_build_the_reason_is_that_torch_was_missing(tmp_path):
-    assert run(bare(tmp_path), "-c", ASK).startswith(f"{tmp_path}/fastsn/__init__.py False not built, torch was")
+def test_without_a_build_it_says_so(tmp_path):
+    assert run(bare(tmp_path), "-c", ASK).startswith(f"{tmp_path}/fastsn/__init__.py False not built. To build them, ")
 
 
 def test_a_build_that_failed_says_why(tmp_path):
     (bare(tmp_path) / "fastsn" / "_C_missing.txt").write_text("building them failed: no compiler\n")
-    assert run(tmp_path, "-c", ASK).endswith("False building them failed: no compiler\n")
+    assert " False building them failed: no compiler. To build them, " in run(tmp_path, "-c", ASK)
 
 
-def test_a_build_for_another_torch_is_not_loaded(tmp_path):
-    (bare(tmp_path) / "fastsn" / "_C_torch1_0.abi3.so").write_text("not even a library")
-    assert "False built for another torch (_C_torch1_0.abi3.so)" in run(tmp_path, "-c", ASK)
+def test_a_build_for_other_torches_is_not_loaded(tmp_path):
+    package = bare(tmp_path) / "fastsn"
+    for name in ("_C_torch1_0.abi3.so", "_C_torch2_1.abi3.so"):
+        (package / name).write_text("not even a library")
+    expected = f"False built for another torch (_C_torch1_0.abi3.so, _C_torch2_1.abi3.so), this is {torch.__version__}."
+    assert expected in run(tmp_path, "-c", ASK)
 
 
 def test_a_broken_library_is_no_reason_to_fail(tmp_path):
-    name = "_C_torch" + "_".join(torch.__version__.split(".")[:2]) + ".abi3.so"
-    (bare(tmp_path) / "fastsn" / name).write_text("not a library")
-    assert f"False {name} cannot be loaded" in run(tmp_path, "-c", ASK)
+    (bare(tmp_path) / "fastsn" / LIBRARY).write_text("not a library")
+    assert f"False {LIBRARY} cannot be loaded" in run(tmp_path, "-c", ASK)
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="needs the C++ kernels")
+def test_among_the_libraries_of_several_torches_that_of_this_one_is_loaded(tmp_path):
+    package = bare(tmp_path) / "fastsn"
+    for name in ("_C_torch1_0.abi3.so", "_C_torch2_1.abi3.so", "_C_torch9_9.abi3.so"):
+        (package / name).write_text("not even a library")
+    shutil.copy(Path(fastsn.__file__).parent / LIBRARY, package)
+    assert f"{package}/__init__.py True C++ kernels, " in run(tmp_path, "-c", ASK)
+
+
+@pytest.mark.skipif(not HAS_CPP or sys.platform != "linux", reason="needs the C++ kernels")
+def test_the_kernels_load_with_the_oldest_c_library_that_torch_supports():
+    """That of manylinux_2_28. The names of versions stand in the library as they are."""
+    content = (Path(fastsn.__file__).parent / LIBRARY).read_bytes()
+    for name, newest in (("GLIBC", (2, 28)), ("GLIBCXX", (3, 4, 24)), ("CXXABI", (1, 3, 11))):
+        found = re.findall(rf"\0{name}_([0-9.]+)(?=\0)".encode(), content)
+        assert found
+        assert max(tuple(map(int, version.split(b"."))) for version in found) <= newest, name
+
+
+WARN = """
+import warnings
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    import fastsn, torch
+    fastsn.SNLinear(3, 4, impl="reference")(torch.ones(3))
+    fastsn.SNLinear(3, 4, dtype=torch.complex64)(torch.ones(3, dtype=torch.complex64))
+    torch.func.grad(lambda x: fastsn.SNLinear(3, 4)(x).sum())(torch.ones(3))
+    assert not found, "too early"
+    for _ in range(2):
+        fastsn.BSSNLinear(3, 4)(torch.ones(3)).sum().backward()
+    print(*(w.message for w in found), sep="\\n")
+"""
+
+
+def test_missing_kernels_are_said_once_when_they_would_have_served(tmp_path):
+    (bare(tmp_path) / "fastsn" / "_C_missing.txt").write_text("torch was missing at the build\n")
+    (message,) = run(tmp_path, "-c", WARN).splitlines()
+    assert message.startswith("fastsn has no C++ kernels, weights on the CPU are normalized by the slower reference: ")
+    assert "torch was missing at the build. To build them, with a C++ compiler at hand: pip install " in message
+    assert '" && pip install --no-cache-dir --force-reinstall --no-deps --no-build-isolation ' in message
+
+
+def test_the_warning_of_missing_kernels_breaks_no_graph(monkeypatch):
+    layer = fastsn.SNLinear(3, 4)
+    monkeypatch.setattr(sys.modules["fastsn.backends"], "_CPP", Backend(False, "made up"))
+    monkeypatch.setattr(sys.modules["fastsn.backends"], "_warned", False)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        compiled(torch.ones(2, 3)).sum().backward()
+        assert not [w for w in found if "fastsn" in str(w.message)]
+        layer(torch.ones(2, 3))
+        compiled(torch.ones(2, 3))
+    torch._dynamo.reset()
+    assert len([w for w in found if "fastsn has no C++ kernels" in str(w.message)]) == 1
+
+
+NOWHERE = "CLONE_OF_FASTSN"
+
+
+@pytest.mark.parametrize(
+    ("told", "source"),
+    [
+        (None, "--no-binary fastsn fastsn==1.2"),
+        ({"url": "file://{here}/a%20clone", "dir_info": {}}, "'{here}/a clone'"),
+        ({"url": "file://{here}/fastsn-1.2.tar.gz", "archive_info": {}}, "{here}/fastsn-1.2.tar.gz"),
+        ({"url": "https://a.b/fastsn-1.2.tar.gz", "archive_info": {}}, "https://a.b/fastsn-1.2.tar.gz"),
+        ({"url": "https://a.b/fastsn", "vcs_info": {"vcs": "git", "commit_id": "c0"}}, "git+https://a.b/fastsn@c0"),
+        ({"url": "file://{here}/fastsn-1.2-py3-none-any.whl", "archive_info": {}}, NOWHERE),
+        ({"url": "file://{here}/gone", "dir_info": {}}, NOWHERE),
+    ],
+)
+def test_the_line_that_repairs_takes_what_was_installed(tmp_path, monkeypatch, told, source):
+    for name in ("a clone", "fastsn-1.2.tar.gz", "fastsn-1.2-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    package = tmp_path / "fastsn-1.2.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: fastsn\nVersion: 1.2\n")
+    if told:
+        (package / "direct_url.json").write_text(json.dumps(told).replace("{here}", str(tmp_path)))
+    distribution = importlib.metadata.PathDistribution(package)
+    monkeypatch.setattr(importlib.metadata, "distribution", {"fastsn": distribution}.__getitem__)
+    monkeypatch.setattr(origin, "__file__", str(tmp_path / "fastsn" / "origin.py"))
+    assert origin.reinstall().endswith(f" --no-build-isolation {source.replace('{here}', str(tmp_path))}")
+
+
+def test_the_line_that_repairs_a_clone_in_use_is_editable(tmp_path, monkeypatch):
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(origin, "__file__", str(tmp_path / "fastsn" / "origin.py"))
+    assert origin.reinstall().endswith(f" --no-build-isolation --editable {tmp_path}")
 
 
 def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path):
@@ -77,6 +177,9 @@ def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
     assert " False building them failed: " in run(folder, "-c", ASK)
+    environment["CXX"] = "no-such-compiler -x"
+    subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+    assert " False no C++ compiler, no-such-compiler is not on the PATH. " in run(folder, "-c", ASK)
     environment["FASTSN_WERROR"] = "1"
     assert subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
 
@@ -159,7 +262,7 @@ def test_a_gpu_with_triton(gpu, monkeypatch, version):
 
 def test_cpp_asked_for_where_it_is_missing(tmp_path):
     code = "import fastsn\ntry: fastsn.SNLinear(3, 4, impl='cpp')\nexcept RuntimeError as e: print(e)"
-    assert run(bare(tmp_path), "-c", code).startswith("impl='cpp' is not available: not built, torch was missing")
+    assert run(bare(tmp_path), "-c", code).startswith("impl='cpp' is not available: not built. To build them")
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="needs the C++ kernels")

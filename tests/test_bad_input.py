@@ -161,6 +161,31 @@ def test_scale_bias_without_a_scale_or_a_bias(name):
         getattr(fastsn, name)(3, 4, scale_bias=True)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_scale_without_values_beside_a_weight_that_has_some(impl, learnable):
+    scale = torch.tensor(1.4, device="meta")
+    scale = nn.Parameter(scale) if learnable else scale
+    with pytest.raises(ValueError, match="scale must have values as the weight has, got a meta tensor"):
+        fastsn.BSSNLinear(4, 4, scale=scale, impl=impl)
+    layer = fastsn.BSSNLinear(4, 4, scale=scale, impl=impl, device="meta")  # all of it on meta
+    assert layer(torch.randn(2, 4, device="meta")).is_meta
+    state = fastsn.BSSNLinear(4, 4).state_dict()
+    layer.load_state_dict(state, strict=False, assign=True)  # all of it but the scale
+    for train in (True, False):
+        with pytest.raises(ValueError, match="scale must have values as the weight has, got a meta tensor"):
+            layer.train(train)(torch.randn(2, 4))
+    for use in (lambda: fastsn.step(layer).__enter__(), lambda: fastsn.fold(layer), lambda: fastsn.sigmas(layer)):
+        with pytest.raises(ValueError, match="scale of 'BSSNLinear' must have values, got a meta tensor"):
+            use()
+    assert all(torch.equal(state[name], value) for name, value in layer.state_dict().items() if name in state)
+    fastsn.warm_up(layer)  # needs none
+    layer.to_empty(device="cpu")
+    nn.init.ones_(layer.weight)
+    nn.init.ones_(layer.spectral_norm.scale)
+    assert fastsn.warm_up(layer)(torch.ones(1, 4)).isfinite().all()
+
+
 def test_one_weight_without_values_and_no_vector_moves():
     net = nn.Sequential(fastsn.SNLinear(3, 3), fastsn.SNLinear(3, 4, device="meta"))
     before = [b.clone() for b in net[0].buffers()]

@@ -12,6 +12,9 @@ import fastsn
 from dispatched import Graphs
 from networks import batch, network
 
+# The default compiler, when it is imported.
+torch_imports_what_it_deprecates = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+
 
 @pytest.fixture(autouse=True)
 def _fresh():
@@ -86,7 +89,27 @@ def test_a_compiled_model_of_single_layers_is_whole_too():
     assert graphs.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself, as the compiler imports it
+@torch_imports_what_it_deprecates
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("variant", ["sn", "bssn"])
+def test_two_forwards_and_a_backward_give_the_gradients_of_both(variant, fused, impl):
+    """With the partition of the default compiler, which makes some results again in the backward."""
+    scale = torch.tensor(1.3) if variant == "bssn" else 1.0
+    make = fastsn.fuse if fused else nn.Sequential
+    net = make(fastsn.spectral_norm(nn.Conv1d(4, 4, 3, padding=1), variant=variant, scale=scale, impl=impl))
+    twin, x = copy.deepcopy(net), torch.randn(2, 4, 6)
+    compiled = torch.compile(net, backend="aot_eager_decomp_partition")
+    for modes in ((True, True), (False, True)):
+        for model, run in ((net, compiled), (twin, twin)):
+            first, second = (model.train(mode) and run(sign * x) for sign, mode in zip((1, -1), modes, strict=True))
+            (first.sum() + second.square().sum()).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    for ours, eager in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, eager.grad, rtol=1e-5, atol=1e-5)
+
+
+@torch_imports_what_it_deprecates
 def test_with_the_default_compiler():
     net = fastsn.fuse(nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, scale=1.2), nn.Flatten(), fastsn.SNLinear(64, 2)))
     twin, x = copy.deepcopy(net), batch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -426,6 +427,48 @@ def test_checkpoints_of_the_old_hook_load_strictly(how, tmp_path):
         outer.load_state_dict(state, strict=True)
 
 
+def before_torch_1(model: nn.Module) -> OrderedDict[str, Tensor]:
+    """Its state dict as the old hook stored it before torch 1.0: W / sigma instead of v, and no version."""
+    state = model.state_dict()
+    for key in [key for key in state if key.endswith("_orig")]:
+        v, base = state.pop(key.removesuffix("_orig") + "_v"), key.removesuffix("_orig")
+        path, _, tensor = base.rpartition(".")
+        dim = next(h.dim for h in model.get_submodule(path)._forward_pre_hooks.values() if h.name == tensor)
+        matrix = state[key].movedim(dim, 0).flatten(1) if state[key].ndim > 1 else state[key][:, None]
+        state[base] = state[key] / torch.dot(state[base + "_u"], matrix @ v)
+    for facts in state._metadata.values():
+        facts.pop("spectral_norm", None)
+    return state
+
+
+@pytest.mark.parametrize("how", ["with metadata", "as a plain dict", "of a bias"])
+def test_checkpoints_of_the_old_hook_from_before_torch_1_load_as_torch_loads_them(how):
+    x = torch.randn(4, 1, 8, 8)
+    if how == "of a bias":
+        x, make = torch.randn(2, 3), lambda: hook(nn.Linear(3, 4), "bias")
+    else:
+        make = partial(discriminator, hook)
+    state = before_torch_1(used(make(), x, 30))
+    state = state if how == "with metadata" else dict(state)
+    theirs, ours = make(), fastsn.convert(make())
+    theirs.load_state_dict(state, strict=True)
+    keys = list(state)
+    ours.load_state_dict(state, strict=True)
+    assert list(state) == keys
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=2e-6, atol=2e-6)
+    current = fastsn.convert(theirs).state_dict()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, current[key], rtol=0, atol=0, msg=key)
+
+
+def test_a_spare_weight_beside_the_current_keys_of_the_old_hook_is_as_unexpected_as_to_torch():
+    state = hook(nn.Linear(3, 4)).state_dict()
+    state["weight"] = state["weight_orig"].clone()
+    for layer in (hook(nn.Linear(3, 4)), fastsn.convert(hook(nn.Linear(3, 4)))):
+        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight"'):
+            layer.load_state_dict(state, strict=True)
+
+
 def test_old_checkpoints_of_biases_have_vectors_that_nobody_needs_any_more():
     theirs = hook(nn.Linear(3, 4), "bias")
     theirs(torch.randn(2, 3))
@@ -448,7 +491,8 @@ def test_the_hook_for_old_keys_can_be_pickled():
 
     layer = fastsn.convert(hook(nn.Linear(3, 4)))
     state = dict(hook(nn.Linear(3, 4)).state_dict())
-    pickle.loads(pickle.dumps(OldKeys("weight")))(layer, state, "")
+    (theirs,) = hook(nn.Linear(3, 4))._forward_pre_hooks.values()
+    pickle.loads(pickle.dumps(OldKeys(theirs)))(layer, state, "", {}, True, [], [], [])
     assert sorted(state) == sorted(layer.state_dict())
 
 

@@ -96,8 +96,9 @@ def test_sync_needs_processes_and_a_model(two):
     assert two(rank_jobs.not_a_model) == ["model must be an nn.Module, got list"] * 2
 
 
-def test_sync_of_a_model_without_norms_does_nothing(two):
-    assert two(rank_jobs.nothing_to_sync) == [True, True]
+def test_sync_of_a_model_without_norms_raises_on_every_rank(two):
+    message = "model must have norms of fastsn, got none: call fastsn.convert on it first"
+    assert two(rank_jobs.nothing_to_sync) == [message] * 2
 
 
 def test_vectors_are_copied_out_of_ddp(two):

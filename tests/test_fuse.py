@@ -247,6 +247,23 @@ def test_threads_that_use_one_model_do_not_meet():
         y.sum().backward()  # each has a graph of its own
 
 
+@pytest.mark.parametrize("advance", [True, False])
+def test_a_step_counts_in_a_fused_forward_of_a_thread_that_has_opened_nothing(advance):
+    model, x = fastsn.fuse(chain(2)), image()
+    outputs: list[Tensor] = []
+    with fastsn.step(model, advance=advance):
+        before, expected = state(model), model(x)
+        thread = threading.Thread(target=lambda: outputs.append(model(x)))
+        thread.start()
+        thread.join()
+        assert torch.equal(outputs[0], expected)
+        assert moved(before, model) == set()
+    thread = threading.Thread(target=lambda: model(x))
+    thread.start()
+    thread.join()
+    assert moved(before, model) == set(before)  # after it forwards advance again, in any thread
+
+
 def _replica(module: nn.Module) -> nn.Module:
     """As torch.nn.parallel.replicate makes them, which needs a GPU: shallow, with tensors in a graph."""
     copies = {each: each._replicate_for_data_parallel() for each in module.modules()}

@@ -123,6 +123,25 @@ def test_two_forwards_one_backward_with_evaluation_between():
     torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_scale_that_is_written_over_between_two_forwards_spoils_no_gradient(impl):
+    """As DistributedDataParallel does with buffers, in torch 2.10 and 2.11."""
+    layer = fastsn.BSSNConv1d(4, 4, 3, scale=torch.tensor(1.3), scale_bias=True, impl=impl).eval()
+    layers = nn.ModuleList([layer, fastsn.spectral_norm(nn.LayerNorm(4), variant="ssn", scale=torch.tensor(0.7))])
+    x, found = torch.randn(2, 4, 6), []
+    for written_over in (False, True):
+        layers.zero_grad()
+        first = layers[1](layer(x))
+        if written_over:
+            with torch.no_grad():
+                for name, buffer in layers.named_buffers():
+                    if name.endswith("scale"):
+                        buffer.copy_(buffer.clone())
+        (first.square().sum() - layers[1](layer(-x)).sum()).backward()
+        found.append([p.grad.clone() for p in layers.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_gradient_penalty_differentiates_the_normalised_weight_twice():
     torch.manual_seed(4)
     net = nn.Sequential(

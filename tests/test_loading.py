@@ -89,7 +89,8 @@ def test_strict_loading_still_says_what_is_missing():
 
 
 def test_stacked_norms_are_warmed_up_in_their_order():
-    layer = fastsn.spectral_norm(fastsn.spectral_norm(nn.Linear(6, 5)), variant="ssn", scale=2.0)
+    with pytest.warns(UserWarning, match="has a spectral norm already"):
+        layer = fastsn.spectral_norm(fastsn.spectral_norm(nn.Linear(6, 5)), variant="ssn", scale=2.0)
     source = copy.deepcopy(layer)
     with torch.no_grad():
         source.parametrizations.weight.original.normal_()

@@ -192,13 +192,54 @@ def test_a_scale_that_is_replaced_inside_the_block_counts(learnable):
 
 
 def test_a_norm_on_a_norm_is_measured_through_the_vectors_of_the_step():
-    layer = fastsn.spectral_norm(fastsn.spectral_norm(nn.Linear(6, 5)))
+    with pytest.warns(UserWarning, match="has a spectral norm already"):
+        layer = fastsn.spectral_norm(fastsn.spectral_norm(nn.Linear(6, 5)))
     nn.init.normal_(layer.parametrizations.weight.original)
     twin = copy.deepcopy(layer)
     with fastsn.step(layer, advance=False):
         unstored = layer.weight
     with fastsn.step(twin):
         torch.testing.assert_close(unstored, twin.weight)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_second_backward_through_one_step_says_what_to_do(impl, inside, fused):
+    """The loop of the DCGAN tutorial: a backward for real, a backward for fake."""
+    net = nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, impl=impl), nn.Flatten(), fastsn.SNLinear(64, 2, impl=impl))
+    net, x = fastsn.fuse(net) if fused else net, batch()
+    message = r"weights of a fastsn\.step a second time.*one backward for the sum of the losses.*retain_graph=True"
+    step = fastsn.step(net)
+    step.__enter__()
+    real, fake = net(x).mean(), net(-x).mean()
+    if not inside:
+        step.__exit__(None, None, None)
+    real.backward()
+    with pytest.raises(RuntimeError, match=message):
+        fake.backward()
+    if inside:
+        step.__exit__(None, None, None)
+    with fastsn.step(net):  # what the error names works
+        (net(x).mean() + net(-x).mean()).backward()
+    for _ in range(2):
+        with fastsn.step(net):
+            net(x).mean().backward()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_backward_calls_that_keep_the_graph_go_through_one_step(impl):
+    net = nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, impl=impl), nn.Flatten(), fastsn.SNLinear(64, 2, impl=impl))
+    twin, x = copy.deepcopy(net), batch().requires_grad_()
+    with fastsn.step(net):
+        net(x).mean().backward(retain_graph=True)
+        (gradient,) = torch.autograd.grad(net(-x).mean(), x, create_graph=True)
+        gradient.square().sum().backward(retain_graph=True)
+        net(2 * x).mean().backward()
+    with fastsn.step(twin):
+        (gradient,) = torch.autograd.grad(twin(-x).mean(), x, create_graph=True)
+        (twin(x).mean() + gradient.square().sum() + twin(2 * x).mean()).backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in twin.parameters()])
 
 
 def test_autocast_inside_a_step():
@@ -247,7 +288,8 @@ def test_functional_call_inside_a_step_uses_the_weight_it_is_given():
 def test_stacked_parametrizations_and_steps():
     layer = nn.Linear(6, 5)
     fastsn.spectral_norm(parametrizations.orthogonal(layer), variant="ssn", scale=2.0)
-    fastsn.spectral_norm(layer)
+    with pytest.warns(UserWarning, match="has a spectral norm already"):
+        fastsn.spectral_norm(layer)
     fastsn.warm_up(layer, 100)
     assert set(fastsn.sigmas(layer)) == {"1", "2"}
     before = state(layer)

@@ -106,11 +106,12 @@ def test_idle_memory_is_bounded_by_what_was_in_use_at_once(large):
     assert len(pointers) <= 2
 
 
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def test_idle_memory_of_other_sizes_makes_room():
     """Six blocks of 32 MB that are free again do not stay beside ten of 18 MB that are in use."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     def results(count: int, rows: int) -> list[Tensor]:
         c = call([torch.randn(rows, 4096)], [0], [1])
@@ -150,3 +151,26 @@ def test_results_can_be_resized_shared_and_pickled(large, tmp_path):
     x.resize_(2 * SHAPE[0], SHAPE[1])
     assert torch.equal(x[: SHAPE[0]], before)
     assert torch.equal(before.share_memory_(), x[: SHAPE[0]])
+
+
+def test_memory_is_given_back_when_asked_for():
+    held = result(call([torch.randn(4096, 4096)], [0], [1]))
+    copy = held[::512].clone()
+    result(call([torch.randn(4096, 4096)], [0], [1]))
+    before = resident()
+    assert fastsn.release_memory() >= 64e6
+    assert before - resident() > 60e6
+    assert fastsn.release_memory() == 0
+    assert torch.equal(held[::512], copy)  # what somebody holds stays
+
+
+def test_memory_that_is_not_used_for_some_steps_is_given_back():
+    fastsn.release_memory()
+    result(call([torch.randn(4096, 4096)], [0], [1]))
+    before = resident()
+    other = call([torch.randn(512, 512) for _ in range(4)], [0] * 4, [1] * 4)
+    state = other.iterate()
+    for _ in range(150):  # another model goes on
+        with torch.no_grad():
+            other.rescale(*state)
+    assert before - resident() > 40e6

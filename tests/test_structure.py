@@ -16,11 +16,11 @@ ROOT = PACKAGE.parent
 # Data flows one way: a module imports only from those further down (reference: only torch).
 ORDER = ["__init__", "replicas", "checkpoints", "transcribe", "layouts", "convert", "hooks", "places", "model"]
 ORDER += ["scopes", "parametrize", "sites", "layers", "norm", "holds", "serving", "jobs", "gpu", "ops", "backends"]
-ORDER += ["checks", "views", "variants", "reference"]
+ORDER += ["origin", "checks", "views", "variants", "reference"]
 # Imported when the first tensor of a GPU comes.
 KERNELS = ["launch", "rescale_calls", "iteration_calls", "plan", "memory", "settings", "rescale", "power_iteration"]
 KERNELS += ["finish", "shared", "arrangement", "__init__"]
-LEAVES = {"layouts", "views", "variants", "reference"}
+LEAVES = {"layouts", "origin", "views", "variants", "reference"}
 
 
 def imported(path: Path) -> set[str]:

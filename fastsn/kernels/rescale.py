@@ -122,7 +122,9 @@ def _inner(row, start, end, KINDS: tl.constexpr, NUMBER: tl.constexpr, CHUNK: tl
         gradient = tl.multiple_of(gradient, 16)
         end = (end // VEC) * VEC
     total = tl.zeros((STEP,), tl.float32)
-    for step in tl.static_range(CHUNK // STEP):
+    # One element per load: unrolled, the loads of all steps are in flight at once and take up to 166 registers.
+    UNROLL: tl.constexpr = CHUNK // STEP if VEC > 1 else 1
+    for step in tl.range(CHUNK // STEP, loop_unroll_factor=UNROLL):
         e = start + step * STEP + tl.arange(0, STEP)
         at = _elements(row, start + step * STEP, n, STEP, STRIDED, STRIDE)
         left = tl.load(base + at, mask=e < end, other=0.0).to(tl.float32)
