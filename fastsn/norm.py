@@ -196,15 +196,15 @@ class SpectralNorm(nn.Module):
         """Bring u and v (of ``only`` these views) to a weight they do not belong to yet: redraw unusable ones (on meta,
         non-finite, far from length 1, as ``to_empty`` leaves them), then iterate and store, whatever the mode. No scale
         is needed for it."""
-        chosen = self.views if only is None else only
-        for name in (name for view in chosen for name in _BUFFERS[view]):
+        wanted = self.views if only is None else only
+        for name in (name for view in wanted for name in _BUFFERS[view]):
             vector = getattr(self, name)
             if vector.is_meta:
                 setattr(self, name, self._draw(torch.empty_like(vector, device=weight.device)))
             elif not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
                 vector.copy_(self._draw(vector))
-        if chosen:
-            vectors = {view: pair for view, pair in self.vectors().items() if view in chosen}
+        if wanted:
+            vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
             jobs.iterate(Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl), iterations)
 
     def hold(self, normalised: Normalised, job: Job, begin: int, shared: bool) -> Callable[[], None]:
