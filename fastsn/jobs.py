@@ -165,7 +165,7 @@ def _copies(vectors: Vectors) -> Vectors:
     """Copies that a compiled graph saves for its backward. What is made element by element it may instead make again
     there, from the buffers, which the next forward has overwritten by then; a concatenation it never makes twice."""
     tensors = [x for pair in vectors.values() for x in pair]
-    parts = torch.split(torch.cat(tensors), [x.numel() for x in tensors])
+    parts = torch.cat(tensors).split_with_sizes([x.numel() for x in tensors])
     return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(vectors)}
 
 

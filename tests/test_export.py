@@ -46,7 +46,7 @@ def test_torch_export():
 def test_torchscript_trace():
     net, x, expected = folded()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".torch.jit.*is deprecated")
         traced = torch.jit.trace(net, x)
         file = io.BytesIO()
         torch.jit.save(traced, file)
