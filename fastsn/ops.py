@@ -90,7 +90,8 @@ def _check_meta(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
     """One tensor on the meta device makes torch call the fake, whose results nobody has written to."""
     for i, scale in enumerate(scales):
         if scale.is_meta != weights[0].is_meta:
-            raise ValueError(f"scales[{i}] must be on the device of weights[0], {weights[0].device}, got {scale.device}")
+            device = weights[0].device
+            raise ValueError(f"scales[{i}] must be on the device of weights[0], {device}, got {scale.device}")
 
 
 # The reference, for devices without kernels.

@@ -152,7 +152,7 @@ def _leave(model: nn.Module, *_: Any) -> None:
 def _advise_on_a_second_backward(made: list[Normalised]) -> None:
     """torch's own error knows nothing of steps. A hook of the node costs some microseconds, and all weights of a call
     of the kernels have one node."""
-    for node in {m.weight.grad_fn for m in made if m.weight.grad_fn is not None}:
+    for node in {node for m in made if (node := m.weight.grad_fn) is not None}:
         node.register_prehook(_Advice())
 
 
