@@ -77,6 +77,15 @@ def test_the_table_of_versions_is_the_result_file():
     assert matrix.with_table(README, matrix.table(results)) == README
 
 
+def test_a_test_that_fails_twice_counts_once_in_the_table_of_versions(tmp_path):
+    """pytest writes a test whose teardown fails too as two cases."""
+    cases = ["<testcase classname='a' name='good'/>", "<testcase classname='a' name='none'><skipped/></testcase>"]
+    cases += [f"<testcase classname='a' name='bad'><{how}/></testcase>" for how in ("failure", "error")]
+    (tmp_path / "report.xml").write_text(f"<testsuites>{''.join(cases)}</testsuites>")
+    expected = {"passed": 1, "failed": 1, "skipped": 1, "failures": ["a::bad"]}
+    assert matrix.counted(tmp_path / "report.xml") == expected
+
+
 def test_links_lead_somewhere():
     links = re.findall(r"\]\((?!http)(.*?)\)", README)
     assert len(links) >= 5

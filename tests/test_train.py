@@ -32,7 +32,8 @@ def test_a_run_leaves_the_files_of_the_bsn_repo(finished):
         table = list(csv.DictReader(file))
     assert list(table[0]) == ["step", "fid", "inception_score_mean", "inception_score_std", "seconds", "protocol"]
     assert [int(r["step"]) for r in table] == [3, 6, 9, 10]
-    assert all(float(r["fid"]) > 0 and 1 <= float(r["inception_score_mean"]) <= 10 for r in table)
+    rounding = 1e-6  # the score is exp of a mean in float32, here of next to nothing: all images look alike yet
+    assert all(float(r["fid"]) > 0 and 1 - rounding <= float(r["inception_score_mean"]) <= 10 for r in table)
     assert {r["protocol"] for r in table} == {"digits-cnn-1797r-100f"}
     saved = json.loads((finished / "config.json").read_text())
     assert saved["config"]["variant"] == "bssn"
