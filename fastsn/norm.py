@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastsn import checks, jobs, loading, reference, serving, variants, views
 from fastsn.backends import available, chosen
+from fastsn.exporting import refuse_onnx
 from fastsn.holds import Holds
 from fastsn.jobs import Job, Normalised
 from fastsn.reference import Sigmas, Vectors
@@ -152,22 +153,11 @@ class SpectralNorm(nn.Module):
     def job(self, weight: Tensor) -> Job:
         """The weight with everything that normalises it, in the dtype that is asked for now."""
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
-            self._refuse_onnx(weight)
+            refuse_onnx(weight, self.impl, self.training)
         scale = self.scale
         if isinstance(scale, Tensor):
             checks.scale_beside(weight, scale)
         return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
-
-    def _refuse_onnx(self, weight: Tensor) -> None:
-        """What the exporters themselves say of operators that ONNX lacks does not help. In evaluation the reference can
-        be exported, but not by way of TorchScript."""
-        if _in_onnx_export() and (
-            torch._C._get_tracing_state() is not None or self.training or chosen(self.impl, weight) != "reference"
-        ):
-            raise RuntimeError(
-                "ONNX has no operators for spectral norms: call fastsn.fold(model) before torch.onnx.export (on a "
-                "copy.deepcopy of a model that is to be trained on)"
-            )
 
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""
@@ -301,12 +291,3 @@ class SpectralNorm(nn.Module):
         else:
             value = f"{float(self.scale.detach()):.6g}"
         return value + (" (learnable)" if isinstance(self.scale, nn.Parameter) else " (tensor)")
-
-
-def _in_onnx_export() -> bool:
-    return torch.onnx.is_in_onnx_export()
-
-
-# Dynamo takes torch's function for False; marked so (as torch.compiler.assume_constant_result does, which would import
-# all of Dynamo here), ours is called while it traces.
-_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
