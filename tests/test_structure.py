@@ -15,8 +15,8 @@ PACKAGE = Path(fastsn.__file__).parent
 ROOT = PACKAGE.parent
 # Data flows one way: a module imports only from those further down (reference: only torch).
 ORDER = ["__init__", "memory", "replicas", "checkpoints", "transcribe", "convert", "hooks", "places", "model"]
-ORDER += ["scopes", "parametrize", "initialising", "sites", "layers", "norm", "loading", "exporting", "holds", "serving"]
-ORDER += ["jobs", "gpu", "ops", "backends", "origin", "checks", "layouts", "views", "variants", "reference"]
+ORDER += ["scopes", "parametrize", "initialising", "sites", "layers", "norm", "loading", "exporting", "holds"]
+ORDER += ["serving", "jobs", "gpu", "ops", "backends", "origin", "checks", "layouts", "views", "variants", "reference"]
 # Imported when the first tensor of a GPU comes.
 KERNELS = ["launch", "rescale_calls", "iteration_calls", "plan", "memory", "settings", "rescale", "power_iteration"]
 KERNELS += ["finish", "shared", "arrangement", "__init__"]
