@@ -85,6 +85,7 @@ class Link(Place):
         _continue(self.part, norm)
         self._chain[self._place] = norm
         brought_up_after_loading(self._chain)
+        own_class(self.owner)
         initialisable(self.owner)
 
 

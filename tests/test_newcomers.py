@@ -254,3 +254,70 @@ def test_apply_on_models_without_values_and_apply_that_folds():
     model.apply(lambda m: fastsn.fold(m) if isinstance(m, nn.Linear | nn.Conv2d) else None)
     assert [type(layer) for layer in model] == [nn.Conv2d, nn.Linear]
     assert model.apply(weights_init)[1].weight.unique().item() == 0.5
+
+
+def reset(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def test_apply_of_reset_parameters():
+    model = CONVERTED["drop-in"]()
+    torch.manual_seed(3)
+    model.apply(reset)
+    torch.manual_seed(3)
+    plain_layer = nn.Conv2d(3, 64, 4)
+    weight = model[0].parametrizations.weight.original
+    assert torch.equal(weight, plain_layer.weight)
+    found, exact = fastsn.sigmas(model)["0"].sigma_out, torch.linalg.matrix_norm(weight.detach().flatten(1), 2)
+    assert found == pytest.approx(float(exact), rel=0.05)
+
+
+class Own(nn.Linear):
+    """Methods of the names that nn.Module and torch's layers have, and that mean something else."""
+
+    def apply(self, x):
+        return self(x)
+
+    def reset_parameters(self, gain=1.0):
+        nn.init.constant_(self.weight, gain)
+        return gain
+
+
+def test_methods_of_a_users_own_layer_keep_their_meaning():
+    layer, untouched = Own(3, 4), parametrizations.spectral_norm(Own(3, 4))
+    fastsn.convert(copy.deepcopy(untouched))
+    assert "keeping" not in type(untouched).reset_parameters.__qualname__
+    fastsn.spectral_norm(layer)
+    x = torch.randn(2, 3)
+    assert torch.equal(layer.eval().apply(x), layer(x))
+    assert layer.reset_parameters(gain=2.0) == 2.0
+    assert layer.parametrizations.weight.original.unique().item() == 2
+
+
+def test_recurrent_layers_are_drawn_anew_and_a_learnt_scale_is_not():
+    scale = nn.Parameter(torch.tensor(1.4))
+    layer = fastsn.spectral_norm(nn.LSTM(3, 4), "weight_hh_l0", variant="ssn", scale=scale)
+    original = layer.parametrizations.weight_hh_l0.original
+    before = original.clone()
+    layer.reset_parameters()
+    assert not torch.equal(original, before)
+    assert float(scale.detach()) == pytest.approx(1.4)
+    (sigma,) = fastsn.sigmas(layer).values()
+    assert sigma.sigma_out == pytest.approx(float(torch.linalg.matrix_norm(original.detach(), 2)), rel=0.05)
+
+
+def test_what_apply_shows_is_as_trainable_as_the_weight_and_a_copy_made_there_trains_on():
+    layer, seen, copies = fastsn.spectral_norm(nn.Linear(3, 4)), [], []
+
+    def look(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            seen.append(module.weight.requires_grad)
+            copies.append(copy.deepcopy(module))
+
+    layer.apply(look)
+    layer.requires_grad_(False).apply(look)
+    assert seen == [True, False]
+    for made in copies:
+        made.parametrizations.weight.original.data.zero_()
+        assert not made.eval().weight.any()
