@@ -256,7 +256,8 @@ class SpectralNorm(nn.Module):
                 self.warm_up(value, only=lacking)
             if lacking == ["in"]:  # a checkpoint of a variant without this view, which has all that it can have
                 own = {prefix + name for name in _BUFFERS["in"]}
-                missing[:] = [key for key in missing if not (own.issubset(missing) and key in own)]
+                if own.issubset(missing):  # all of it, or somebody else has lost one
+                    missing[:] = [key for key in missing if key not in own]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.
