@@ -43,7 +43,9 @@ def _writes_to_the_weight(norm, weight):
 
 
 def _hangs_on_chance(norm, weight):
-    return torch.nextafter(result := _forward(norm, weight), result + torch.randn(()))
+    result = _forward(norm, weight)
+    value = result.detach()  # torch before 2.13 cannot differentiate nextafter
+    return result + (torch.nextafter(value, value + torch.randn(())) - value)
 
 
 _forward = fastsn.SpectralNorm.forward
