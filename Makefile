@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint fuzz upstream matrix bench gpu package wheel sanitize clean
+.PHONY: demo test lint race fuzz upstream matrix bench gpu package wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -18,6 +18,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The Triton kernels in their interpreter, programs in any order: bounds of every access, races. Some minutes.
+race: $(INSTALLED)
+	$(BIN)/python -W ignore tests/races.py
 
 # Single weights of any shape, layout, dtype and size against an oracle that shares nothing with fastsn.
 CASES ?= 10000
