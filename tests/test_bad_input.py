@@ -181,8 +181,8 @@ def test_a_scale_without_values_beside_a_weight_that_has_some(impl, learnable):
     assert all(torch.equal(state[name], value) for name, value in layer.state_dict().items() if name in state)
     fastsn.warm_up(layer)  # needs none
     layer.to_empty(device="cpu")
-    nn.init.ones_(layer.weight)
-    nn.init.ones_(layer.spectral_norm.scale)
+    for empty in (layer.weight, layer.bias, layer.spectral_norm.scale):
+        nn.init.ones_(empty)
     assert fastsn.warm_up(layer)(torch.ones(1, 4)).isfinite().all()
 
 
