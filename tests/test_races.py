@@ -11,7 +11,7 @@ from conftest import ON
 pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 
-from fastsn.kernels import power_iteration, rescale
+from fastsn.kernels import memory, power_iteration, rescale, settings
 from race_checker import KERNELS, RaceChecker
 from races import APART, SMALL, Case, check, results
 
@@ -27,11 +27,10 @@ def few():
 
 
 @pytest.fixture(autouse=True)
-def _own_settings():
-    from fastsn.kernels import settings
-
+def _nothing_is_left_behind():
     yield
     settings.use(settings.DEFAULT, torch.device("cpu"))
+    memory._counters.clear()  # a planted bug may leave counts in them
 
 
 @pytest.mark.filterwarnings("ignore")  # numpy's, of lanes that are not used
