@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint fuzz upstream bench gpu package wheel sanitize clean
+.PHONY: demo test lint fuzz upstream matrix bench gpu package wheel sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --variant sn --resume
@@ -58,6 +58,11 @@ sanitize: $(INSTALLED)
 		../../$(BIN)/python -m pytest -c ../../pyproject.toml -p no:cacheprovider --timeout 1200 $(SANITIZED) \
 		../../tests/test_ops.py ../../tests/test_op_errors.py ../../tests/test_storage.py \
 		../../tests/test_vector_tails.py
+
+# The tests on other versions of Python and torch; MATRIX chooses some, as 3.10-2.10.0. Some GB and 10 minutes each.
+MATRIX ?=
+matrix:
+	$(PYTHON) .ci/matrix.py $(MATRIX)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache fastsn/_C_*

@@ -16,6 +16,7 @@ have to move to Python, at ten times the cost of a small layer.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -37,7 +38,7 @@ def unhide() -> None:
     """Let the user's torch be imported in an isolated build of pip, which runs on the interpreter that the package is
     for and hides the packages of it by a path of its own."""
     ask = [sys.executable, "-E", "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
-    found = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.splitlines()
     sys.path += [path for path in found if path not in sys.path]
 
 
@@ -91,10 +92,11 @@ def arguments() -> dict[str, Any]:
     extension, command = Extension("fastsn._C", []), build_ext
     try:
         extension, command = kernels()
-    except ImportError as error:
-        problem = f"torch was missing at the build: {error}"
-    except OSError as error:
+    except FileNotFoundError as error:
         problem = str(error)
+    except (ImportError, OSError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        problem = f"torch {'was missing' if missing else 'could not be imported'} at the build: {error}"
 
     class Build(command):  # type: ignore[misc,valid-type]
         """A build that fails leaves behind why, and lets the installation go on: with a wheel for any platform."""
@@ -129,8 +131,6 @@ def arguments() -> dict[str, Any]:
     }
 
 
-try:
-    import torch  # noqa: F401
-except ImportError:
+if importlib.util.find_spec("torch") is None:
     unhide()
 setup(**arguments())

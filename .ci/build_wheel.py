@@ -26,6 +26,7 @@ USE = """
 import torch, fastsn
 from pathlib import Path
 assert Path(fastsn.__file__).is_relative_to({home!r}), fastsn.__file__
+torch.set_default_dtype(torch.float64)
 layers = [fastsn.BSSNConv2d(8, 8, 3, scale=1.2, impl=impl) for impl in ("cpp", "reference")]
 layers[1].load_state_dict(layers[0].state_dict())
 x = torch.randn(2, 8, 5, 5)

@@ -95,8 +95,8 @@ def check(what: str, found: set[str], wanted: set[str], unwanted: tuple[str, ...
         sys.exit(f"{what}: missing {sorted(missing)}, unwanted {sorted(extra)}")
 
 
-def built() -> Path:
-    """The sdist, once it and the wheel have been looked into."""
+def built() -> tuple[Path, Path]:
+    """The sdist and a wheel without kernels, once both have been looked into."""
     dist = ROOT / "dist"
     for old in dist.glob("fastsn-*"):
         old.unlink()
@@ -117,12 +117,12 @@ def built() -> Path:
     if not wheel.name.endswith("-py3-none-any.whl"):
         sys.exit(f"{wheel.name} has no kernels and should be for any platform")
     print(f"{archive.name} and {wheel.name} are complete")
-    return archive
+    return archive, wheel
 
 
 def main() -> None:
     """Build, look inside, install, use."""
-    archive = built()
+    archive, pure = built()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder).resolve()
         index = home / "index"
@@ -143,11 +143,14 @@ def main() -> None:
         late.run(line[0])
         late.expect(True, "C++ kernels")
 
-        # The usual way: torch is there, and pip isolates.
+        # The usual way: torch is there, and pip isolates. By way of a wheel, as pip install does it, and as others may.
         usual = Environment(home / "usual")
         usual.borrow_torch()
-        usual.run(f"pip install -q --no-deps {archive}")
+        usual.run(f"pip wheel -q --no-deps -w {home}/wheels {archive}")
+        usual.run(f"pip install -q --no-deps --no-index {home}/wheels/*.whl")
         usual.expect(True, "C++ kernels")
+        usual.run(f"pip install -q --no-deps --no-index --force-reinstall {pure}")
+        usual.expect(False, "torch was missing at the build")
 
         without = Environment(home / "no-compiler")
         without.borrow_torch()

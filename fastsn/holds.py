@@ -17,8 +17,8 @@ REMEMBERED = 16  # holds that have ended, for the backward of their forward
 
 
 class _Lasting(NamedTuple):
-    """``thread``: the one that opened it, None for all. ``shared``: forwards of fused models in threads that have
-    opened none are served by it too, as by a step, and open none of their own."""
+    """``thread``: the one that opened it, None for all. ``shared``: it is a step's, whose vectors forwards of fused
+    models in threads that have opened none take, instead of moving them."""
 
     thread: int | None
     hold: Hold
@@ -39,12 +39,16 @@ class Holds:
         """The same for a replica, whose thread is none of those that opened them."""
         return Holds(entry._replace(thread=None) for entry in self._lasting)
 
-    def serve_a_forward(self) -> bool:
-        """Whether one lasts that serves a fused forward in this thread: its own, or one that is shared."""
+    def of_this_thread(self) -> bool:
+        """Whether one lasts that this thread has opened."""
         if torch.compiler.is_compiling():
             return bool(self._lasting)
         me = _thread()
-        return any(entry.shared or entry.thread in (None, me) for entry in self._lasting)
+        return any(entry.thread in (None, me) for entry in self._lasting)
+
+    def of_another_thread(self) -> Hold | None:
+        """The newest step's."""
+        return next((entry.hold for entry in reversed(self._lasting) if entry.shared), None)
 
     def open(self, hold: Hold, shared: bool) -> None:
         """From now on it counts, before those that were opened earlier."""

@@ -130,9 +130,10 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
 
 def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     vectors = _iterate_reference(jobs, n, store)
-    weights = [job.weight for job in jobs]
-    with no_autocast(weights[0]):
-        sigmas = reference.sigmas([views.as_oik(job.weight, job.dim) for job in jobs], vectors)
+    with no_autocast(jobs[0].weight):
+        # Widened once: the parts of a half-precision gradient are added up before it is rounded.
+        weights = [job.weight.to(reference.wide(job.weight.dtype)) for job in jobs]
+        sigmas = reference.sigmas([views.as_oik(w, job.dim) for w, job in zip(weights, jobs, strict=True)], vectors)
         scales = [saveable(job.scale) if isinstance(job.scale, Tensor) else job.scale for job in jobs]
         outputs = reference.rescale(weights, sigmas, scales, [job.dtype for job in jobs])
     return [Normalised(w, Fixed(made_with)) for w, made_with in zip(outputs, vectors, strict=True)]
@@ -164,7 +165,7 @@ def _copies(vectors: Vectors) -> Vectors:
     """Copies that a compiled graph saves for its backward. What is made element by element it may instead make again
     there, from the buffers, which the next forward has overwritten by then; a concatenation it never makes twice."""
     tensors = [x for pair in vectors.values() for x in pair]
-    parts = torch.split(torch.cat(tensors), [x.numel() for x in tensors])
+    parts = torch.cat(tensors).split_with_sizes([x.numel() for x in tensors])
     return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(vectors)}
 
 

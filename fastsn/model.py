@@ -85,8 +85,13 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
 def fold(model: Module) -> Module:
     """Bake every W̄ in, in place: fastsn layers become the plain torch layers they extend, parametrizations are removed.
 
-    The folded model computes what the model computed in evaluation, bit for bit. Weights get new Parameter objects, so
-    weights tied to them keep their values and optimizers must be made anew; ``copy.deepcopy`` first to keep training.
+    The folded weights are those of evaluation, bit for bit, and so is what the model computes from them, with one
+    exception that is torch's: under ``no_grad`` a W̄ requires no gradient while a folded Parameter does, and torch sums
+    a Linear over an input of three or more dimensions that lies in memory otherwise than row by row (channels_last,
+    transposed) in another order for weights that do. ``fold(model).requires_grad_(False)`` has the bits of ``no_grad``.
+
+    Weights get new Parameter objects, so weights tied to them keep their values and optimizers must be made anew;
+    ``copy.deepcopy`` first to keep training.
 
     Returns:
         The same model (the same object even if it is itself a layer).

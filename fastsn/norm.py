@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastsn import checks, jobs, loading, reference, serving, variants, views
 from fastsn.backends import available, chosen
+from fastsn.exporting import refuse_onnx
 from fastsn.holds import Holds
 from fastsn.jobs import Job, Normalised
 from fastsn.reference import Sigmas, Vectors
@@ -151,6 +152,8 @@ class SpectralNorm(nn.Module):
 
     def job(self, weight: Tensor) -> Job:
         """The weight with everything that normalises it, in the dtype that is asked for now."""
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+            refuse_onnx(weight, self.impl, self.training)
         scale = self.scale
         if isinstance(scale, Tensor):
             checks.scale_beside(weight, scale)
@@ -183,15 +186,15 @@ class SpectralNorm(nn.Module):
         """Bring u and v (of ``only`` these views) to a weight they do not belong to yet: redraw unusable ones (on meta,
         non-finite, far from length 1, as ``to_empty`` leaves them), then iterate and store, whatever the mode. No scale
         is needed for it."""
-        chosen = self.views if only is None else only
-        for name in (name for view in chosen for name in _BUFFERS[view]):
+        wanted = self.views if only is None else only
+        for name in (name for view in wanted for name in _BUFFERS[view]):
             vector = getattr(self, name)
             if vector.is_meta:
                 setattr(self, name, self._draw(torch.empty_like(vector, device=weight.device)))
             elif not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
                 vector.copy_(self._draw(vector))
-        if chosen:
-            vectors = {view: pair for view, pair in self.vectors().items() if view in chosen}
+        if wanted:
+            vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
             jobs.iterate(Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl), iterations)
 
     def hold(self, normalised: Normalised, job: Job, begin: int, shared: bool) -> Callable[[], None]:
@@ -253,7 +256,8 @@ class SpectralNorm(nn.Module):
                 self.warm_up(value, only=lacking)
             if lacking == ["in"]:  # a checkpoint of a variant without this view, which has all that it can have
                 own = {prefix + name for name in _BUFFERS["in"]}
-                missing[:] = [key for key in missing if not (own.issubset(missing) and key in own)]
+                if own.issubset(missing):  # all of it, or somebody else has lost one
+                    missing[:] = [key for key in missing if key not in own]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.

@@ -74,7 +74,10 @@ def _fake_power_iteration(
 
 
 @torch.library.register_fake("fastsn::rescale", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _fake_rescale(weights: Sequence[Tensor], _: Any, sigma: Tensor, *rest: Any) -> tuple[list[Tensor], Tensor]:
+def _fake_rescale(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor, *rest: Any
+) -> tuple[list[Tensor], Tensor]:
+    _check_meta(weights, scales)
     outputs = [torch.empty_like(w, dtype=_DTYPES[code]) for w, code in zip(weights, rest[-1], strict=True)]
     return outputs, sigma.new_empty(len(weights))
 
@@ -82,8 +85,17 @@ def _fake_rescale(weights: Sequence[Tensor], _: Any, sigma: Tensor, *rest: Any) 
 @torch.library.register_fake("fastsn::rescale_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_rescale_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     bases, scales, dtypes = arguments[2], arguments[3], arguments[-1]
+    _check_meta(bases, scales)
     d_weights = [torch.empty_like(w, dtype=_DTYPES[code]) for w, code in zip(bases, dtypes, strict=True)]
     return d_weights, [torch.empty_like(scale) for scale in scales]
+
+
+def _check_meta(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    """One tensor on the meta device makes torch call the fake, whose results nobody has written to."""
+    for i, scale in enumerate(scales):
+        if scale.is_meta != weights[0].is_meta:
+            device = weights[0].device
+            raise ValueError(f"scales[{i}] must be on the device of weights[0], {device}, got {scale.device}")
 
 
 # The reference, for devices without kernels.

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastsn import checks, views
+from fastsn.initialising import initialisable
 from fastsn.norm import SpectralNorm
 from fastsn.sites import evaluated
 
@@ -89,6 +90,7 @@ def spectral_norm(
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
     brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
+    initialisable(module)
     return module
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import jobs, layers, variants, views
+from fastsn.initialising import initialisable
 from fastsn.layers import Normalised
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
@@ -84,6 +85,8 @@ class Link(Place):
         _continue(self.part, norm)
         self._chain[self._place] = norm
         brought_up_after_loading(self._chain)
+        own_class(self.owner)
+        initialisable(self.owner)
 
 
 class Layer(Place):
@@ -153,6 +156,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     if parametrize.is_parametrized(owner, tensor):
         chain_of(owner, tensor).append(norm.train(owner.training))
         brought_up_after_loading(chain_of(owner, tensor))
+        initialisable(owner)
         return
     own_class(owner)
     # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
@@ -162,6 +166,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     chain = chain_of(owner, tensor)
     chain.original, chain.unsafe = original, False
     brought_up_after_loading(chain)
+    initialisable(owner)
 
 
 def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:

@@ -48,8 +48,13 @@ def unit(x: Tensor, old: Tensor) -> Tensor:
     mantissa, _ = torch.frexp(peak)
     power = peak / (2 * mantissa)
     sound = power.isfinite() & (power > 0)
-    unit = F.normalize(x / torch.where(sound, power, torch.ones_like(power)), dim=0)
+    unit = F.normalize(_divided(x, torch.where(sound, power, torch.ones_like(power))), dim=0)
     return torch.where(sound, unit, old)
+
+
+def _divided(x: Tensor, by: Tensor) -> Tensor:
+    """x / by. torch multiplies a complex x by 1 / by, which is infinite where by is subnormal."""
+    return torch.complex(x.real / by, x.imag / by) if x.is_complex() else x / by
 
 
 def power_iteration(

@@ -38,12 +38,14 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     not learnt.
 
     Ranks that draw from different seeds start with different u and v, and ``DistributedDataParallel`` with
-    ``broadcast_buffers=False`` leaves it at that: same weights, other W̄. After one ``sync`` before training, ranks
-    with equal weights keep equal bits, because the same input gives the same bits everywhere. It does not matter
-    whether the model is wrapped before or after; weights and learnt scales are not touched. Every rank of the group
-    has to call it. One broadcast for each device that holds vectors::
+    ``broadcast_buffers=False`` leaves it at that: same weights, other W̄. torch 2.13 deprecates that argument for
+    ``forward_sync_buffers=False``, which gives all ranks the buffers of rank 0 once, at wrapping, so that ``sync`` is
+    needed only for what changes u and v later on one rank alone. After one ``sync`` before training, ranks with equal
+    weights keep equal bits, because the same input gives the same bits everywhere. It does not matter whether the model
+    is wrapped before or after; weights and learnt scales are not touched. Every rank of the group has to call it. One
+    broadcast for each device that holds vectors::
 
-        model = DistributedDataParallel(build(), broadcast_buffers=False)
+        model = DistributedDataParallel(build(), broadcast_buffers=False)  # from torch 2.13: forward_sync_buffers
         fastsn.sync(model)
 
     Args:

@@ -152,7 +152,7 @@ def _leave(model: nn.Module, *_: Any) -> None:
 def _advise_on_a_second_backward(made: list[Normalised]) -> None:
     """torch's own error knows nothing of steps. A hook of the node costs some microseconds, and all weights of a call
     of the kernels have one node."""
-    for node in {m.weight.grad_fn for m in made if m.weight.grad_fn is not None}:
+    for node in {node for m in made if (node := m.weight.grad_fn) is not None}:
         node.register_prehook(_Advice())
 
 
@@ -174,16 +174,18 @@ class _Advice:
 
 
 def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
-    """One call for all weights, or for those that nothing serves here yet; returns what ends it."""
+    """One call for all weights, or for those that this thread does not hold already; returns what ends it."""
     groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor, Hold | None]]] = {}
     begin, run_again, here = serving.nodes(), serving.run_again(), weights(model)
     if not only_free:
         checks.has_norms(here, "model")
     for site, weight in here:
         norm = site.norm
-        if not norm.views or (only_free and norm.holds.serve_a_forward()):  # a 1-D weight has no vectors to share
+        if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
             continue
         again = norm.holds.of_the_forward() if run_again else None
+        if again is None and only_free:  # its vectors, but not its graph, which the other thread's backward frees
+            again = norm.holds.of_another_thread()
         rounds = norm.rounds() if again is None else 0
         groups.setdefault((site.depth, rounds, advance and rounds > 0), []).append((site, weight, again))
     releases: list[Callable[[], None]] = []

@@ -181,6 +181,12 @@ def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path):
     environment["CXX"] = "no-such-compiler -x"
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
     assert " False no C++ compiler, no-such-compiler is not on the PATH. " in run(folder, "-c", ASK)
+    broken = tmp_path / "broken" / "torch" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    without = {**environment, "PYTHONPATH": str(broken.parent.parent)}
+    subprocess.run(command, cwd=folder, env=without, capture_output=True, check=True)
+    assert " False torch could not be imported at the build: libcudart.so.12: cannot" in run(folder, "-c", ASK)
     environment["FASTSN_WERROR"] = "1"
     assert subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
 

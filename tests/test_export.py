@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import fastsn
+from dispatched import needs_kernels
 from networks import batch, network
 
 
@@ -45,7 +46,7 @@ def test_torch_export():
 def test_torchscript_trace():
     net, x, expected = folded()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".torch.jit.*is deprecated")
         traced = torch.jit.trace(net, x)
         file = io.BytesIO()
         torch.jit.save(traced, file)
@@ -67,9 +68,37 @@ def test_onnx():
     torch.testing.assert_close(torch.from_numpy(found), expected)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_onnx_of_a_model_that_is_not_folded_is_told_to_fold(impl, fused):
+    layers = fastsn.SNLinear(3, 4, impl=impl), fastsn.spectral_norm(nn.Linear(4, 2), impl=impl)
+    net = fastsn.fuse(nn.Sequential(*layers)) if fused else nn.Sequential(*layers)
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, torch.jit.TracerWarning):
+            warnings.simplefilter("ignore", kind)
+        with pytest.raises(RuntimeError, match=r"call fastsn\.fold\(model\) before torch\.onnx\.export"):
+            torch.onnx.export(net.eval(), (torch.randn(2, 3),), io.BytesIO(), dynamo=False)
+        torch.onnx.export(fastsn.fold(net), (torch.randn(2, 3),), io.BytesIO(), dynamo=False)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_newer_exporter_is_told_to_fold_in_both_of_its_attempts(training, strict, monkeypatch):
+    """It calls torch.export, and once more with strict=True if that has failed."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    for impl in ("reference", "auto" if fastsn.backends()["cpp"].available else "reference"):
+        net, x = nn.Sequential(fastsn.SNLinear(3, 4, impl=impl)).train(training), torch.randn(2, 3)
+        if impl == "reference" and not training:
+            torch.testing.assert_close(torch.export.export(net, (x,), strict=strict).module()(x), net(x))
+        else:
+            with pytest.raises(RuntimeError, match=r"call fastsn\.fold\(model\) before"):
+                torch.export.export(net, (x,), strict=strict)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_can_also_be_exported_as_it_is(training):
     """For training on another machine that has fastsn: two ops, whatever the number of layers."""
+    needs_kernels()
     net, x = fastsn.fuse(network()).train(training), batch()
     twin = copy.deepcopy(net)
     program = torch.export.export(net, (x,))

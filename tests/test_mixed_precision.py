@@ -119,3 +119,14 @@ def test_second_derivatives_are_those_of_full_precision_within_rounding(dtype, h
     for ours, theirs in zip(list(model.parameters())[:-1], list(exact.parameters())[:-1], strict=True):
         error = torch.linalg.vector_norm(ours.grad.float() - theirs.grad) / torch.linalg.vector_norm(theirs.grad)
         assert 0 < float(error) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_half_precision_gradient_of_the_reference_is_rounded_once(dtype):
+    weight, gradient = (torch.randn(6, 5) * 3e-6).to(dtype), (torch.randn(6, 5) * 0.05).to(dtype)
+    norm = fastsn.SpectralNorm(weight, impl="reference").eval()
+    found = []
+    for w in (weight.requires_grad_(), weight.detach().float().requires_grad_()):
+        found += torch.autograd.grad(norm(w), w, gradient.to(w.dtype))
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1].to(dtype))

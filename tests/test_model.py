@@ -134,6 +134,19 @@ def test_fold_gives_the_plain_layer_with_evaluations_output_bit_for_bit(case, pr
     assert isinstance(before, type(case.build()))
 
 
+def test_fold_has_the_bits_of_evaluation_where_torchs_matmul_asks_whether_the_weight_requires_grad():
+    x = torch.randn(8, 5, 3, 16).to(memory_format=torch.channels_last)
+    for _ in range(20):
+        layer = fastsn.SNLinear(16, 3).eval()
+        with torch.no_grad():
+            without = layer(x)
+        with_gradient = layer(x)
+        folded = fastsn.fold(layer)
+        assert torch.equal(folded(x), with_gradient)
+        with torch.no_grad():
+            assert torch.equal(folded.requires_grad_(False)(x), without)
+
+
 def test_fold_of_a_network():
     net, x = network(), batch()
     net(x)

@@ -142,3 +142,11 @@ def test_vectors_made_in_inference_mode_are_not_updated_outside_of_it():
         c.iterate(in_place=True)
     with torch.inference_mode():
         c.iterate(in_place=True)
+
+
+def test_a_scale_on_the_meta_device_is_not_read():
+    c = call([torch.randn(4, 3)], [0], 1, "tensor")
+    sigma, vectors = c.iterate()
+    c.scales = [c.scales[0].to("meta")]
+    with pytest.raises(ValueError, match=r"scales\[0\] must be on the device of weights\[0\], \S+, got meta"):
+        c.rescale(sigma, vectors)

@@ -73,8 +73,12 @@ def test_weights_and_gradients_over_the_shape_table_are_the_references(dtype, la
         d_weights, d_scales = ops.rescale_backward(*arguments)
         theirs, their_scales = ops._differentiable_backward(*arguments)
         exact, exact_scales = ops._differentiable_backward(*wide, mean.double(), vectors.double(), *e.numbers())
-    for ours, plain, true in zip(d_weights + d_scales, theirs + their_scales, exact + exact_scales, strict=True):
+    for ours, plain, true in zip(d_weights, theirs, exact, strict=True):
         assert_within_rounding(ours, plain, true)
+    # The sum that gives the gradient of a scale may nearly cancel: its rounding is that of its summands.
+    terms = [(g.double() * b.double()).abs().sum() / s for g, b, s in zip(gradients, bases, mean.double(), strict=True)]
+    for ours, plain, true in zip(d_scales, their_scales, exact_scales, strict=True):
+        assert_within_rounding(ours, plain, true, sum(x * f for x, f in zip(terms, c.factors, strict=True)))
 
 
 def test_a_gradient_in_another_layout_is_the_same_gradient():
@@ -194,6 +198,7 @@ def test_vectors_that_are_not_contiguous_are_updated_too():
     assert all(map(torch.equal, a.u + a.v, b.u + b.v))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck asks, torch 2.14
 @pytest.mark.parametrize("scale", ["float", "tensor"])
 def test_opcheck(scale):
     c = call([torch.randn(3, 2, 2, 2), torch.randn(2, 3, 2), torch.randn(4, 3)], [0, 1, 0], [3, 3, 1], scale)
@@ -212,7 +217,7 @@ def test_opcheck(scale):
     torch.library.opcheck(ops.rescale_backward, arguments)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # inductor's own
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_under_the_compiler(backend):
     """Iterate in place, rescale, backward: the same numbers and buffers as without."""
@@ -320,7 +325,7 @@ def test_a_model_in_a_step_costs_as_many_calls_as_a_layer():
     for count in (1, 8, 64):
         model = nn.Sequential(*(fastsn.BSSNConv2d(2, 2, 3, padding=1, scale=1.2) for _ in range(count)))
         x = torch.randn(1, 2, 4, 4)
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             with fastsn.step(model):
                 y = model(x) + model(x)
             y.sum().backward()
@@ -349,7 +354,7 @@ def test_float64_weights_at_the_ends_of_the_range(size):
     torch.testing.assert_close(vectors, c.iterate(2)[1], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when forward mode is first used
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch's own rules of forward mode
 def test_forward_mode_differentiation_goes_through_the_reference():
     weight, tangent = torch.randn(2, 4, 3, 2, dtype=torch.float64)
     layer = fastsn.SNConv1d(3, 4, 2, dtype=torch.float64).eval()
@@ -372,7 +377,7 @@ def test_forward_mode_differentiation_goes_through_the_reference():
 def test_frozen_layers_of_a_step_are_normalised_once():
     model = nn.Sequential(*(fastsn.BSSNConv2d(2, 2, 3, padding=1, scale=1.2) for _ in range(3)))
     model[0].weight.requires_grad_(False)
-    with torch.profiler.profile() as profile, fastsn.step(model):
+    with torch.profiler.profile(acc_events=True) as profile, fastsn.step(model):
         first, second = model(torch.randn(1, 2, 4, 4)), model(torch.randn(1, 2, 4, 4))
     assert not model[0].normalised()[0].requires_grad
     (first - second).sum().backward()

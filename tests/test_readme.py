@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import json
 import re
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,16 @@ from torch.nn.utils import parametrizations
 import fastsn
 from readme import EQUIVALENT, EXAMPLE, INLINE, README, ROOT
 
-spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench" / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+
+def script(path: str) -> ModuleType:
+    """A file that is no module of a package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, matrix = script("bench/report.py"), script(".ci/matrix.py")
 
 
 def test_the_example_runs():
@@ -59,6 +68,22 @@ def test_the_table_of_figures_is_the_result_files():
     path = ROOT / re.search(r"\(`(bench/results/.*?\.json)`\)", README)[1]
     text = report.table(json.loads(path.read_text()), path.relative_to(ROOT).as_posix())
     assert report.with_table(README, text) == README
+
+
+def test_the_table_of_versions_is_the_result_file():
+    results = json.loads((ROOT / "bench/results/matrix.json").read_text())
+    assert set(results) <= {f"{version}-{torch}" for version, torch, _ in matrix.STACKS}
+    assert all(x["failed"] == len(x["failures"]) and x["passed"] > 1000 for x in results.values())
+    assert matrix.with_table(README, matrix.table(results)) == README
+
+
+def test_a_test_that_fails_twice_counts_once_in_the_table_of_versions(tmp_path):
+    """pytest writes a test whose teardown fails too as two cases."""
+    cases = ["<testcase classname='a' name='good'/>", "<testcase classname='a' name='none'><skipped/></testcase>"]
+    cases += [f"<testcase classname='a' name='bad'><{how}/></testcase>" for how in ("failure", "error")]
+    (tmp_path / "report.xml").write_text(f"<testsuites>{''.join(cases)}</testsuites>")
+    expected = {"passed": 1, "failed": 1, "skipped": 1, "failures": ["a::bad"]}
+    assert matrix.counted(tmp_path / "report.xml") == expected
 
 
 def test_links_lead_somewhere():

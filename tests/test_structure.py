@@ -14,9 +14,9 @@ import fastsn
 PACKAGE = Path(fastsn.__file__).parent
 ROOT = PACKAGE.parent
 # Data flows one way: a module imports only from those further down (reference: only torch).
-ORDER = ["__init__", "replicas", "checkpoints", "transcribe", "layouts", "convert", "hooks", "places", "model"]
-ORDER += ["scopes", "parametrize", "sites", "layers", "norm", "holds", "serving", "jobs", "gpu", "ops", "backends"]
-ORDER += ["origin", "checks", "views", "variants", "reference"]
+ORDER = ["__init__", "memory", "replicas", "checkpoints", "transcribe", "convert", "hooks", "places", "model"]
+ORDER += ["scopes", "parametrize", "initialising", "sites", "layers", "norm", "loading", "exporting", "holds"]
+ORDER += ["serving", "jobs", "gpu", "ops", "backends", "origin", "checks", "layouts", "views", "variants", "reference"]
 # Imported when the first tensor of a GPU comes.
 KERNELS = ["launch", "rescale_calls", "iteration_calls", "plan", "memory", "settings", "rescale", "power_iteration"]
 KERNELS += ["finish", "shared", "arrangement", "__init__"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +34,8 @@ def test_a_run_leaves_the_files_of_the_bsn_repo(finished):
         table = list(csv.DictReader(file))
     assert list(table[0]) == ["step", "fid", "inception_score_mean", "inception_score_std", "seconds", "protocol"]
     assert [int(r["step"]) for r in table] == [3, 6, 9, 10]
-    assert all(float(r["fid"]) > 0 and 1 <= float(r["inception_score_mean"]) <= 10 for r in table)
+    rounding = 1e-6  # the score is exp of a mean in float32, here of next to nothing: all images look alike yet
+    assert all(float(r["fid"]) > 0 and 1 - rounding <= float(r["inception_score_mean"]) <= 10 for r in table)
     assert {r["protocol"] for r in table} == {"digits-cnn-1797r-100f"}
     saved = json.loads((finished / "config.json").read_text())
     assert saved["config"]["variant"] == "bssn"
@@ -234,7 +236,7 @@ def test_the_classifier_is_over_97_percent_right_and_always_the_same():
 
 def test_a_grid_puts_images_row_by_row_a_pixel_apart():
     images = torch.arange(1, 6, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 2)
-    pixels = torch.tensor(list(report.grid(images, 3).getdata())).view(5, 8)
+    pixels = np.asarray(report.grid(images, 3))
     assert pixels[0].tolist() == [1, 1, 0, 2, 2, 0, 3, 3]
     assert pixels[2].tolist() == [0] * 8
     assert pixels[4].tolist() == [4, 4, 0, 5, 5, 0, 0, 0]
@@ -245,9 +247,9 @@ def test_compare_makes_a_picture_and_a_table(finished, tmp_path):
     out = tmp_path / "new" / "compare.png"
     report.compare([finished, finished], out, "digit FID", "digit score")
     with Image.open(out) as image:
-        picture = torch.tensor(list(image.convert("L").getdata()))
-    assert len(picture) > 500_000
-    assert picture.unique().numel() > 100
+        picture = np.asarray(image.convert("L"))
+    assert picture.size > 500_000
+    assert np.unique(picture).size > 100
     text = report.table([finished], "digit FID", "digit score")
     last = rows(finished)[-1]
     assert "BSSN, scale 1.3, seed 0" in text

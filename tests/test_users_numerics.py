@@ -172,3 +172,12 @@ def test_row_18_complex_weights(dtype, variant):
     old = hook(nn.Conv1d(4, 5, 3, dtype=dtype), n_power_iterations=300)
     old(torch.randn(1, 4, 5, dtype=dtype))
     assert abs(top(old.weight) - 1) > 0.01
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.complex64, 1e-41), (torch.complex128, 1e-315)])
+def test_row_18_a_complex_weight_of_subnormal_entries_does_not_spoil_the_vectors(dtype, size):
+    weight = (torch.randn(5, 4, dtype=torch.complex128) * size).to(dtype)
+    norm = fastsn.SpectralNorm(weight).train()
+    norm(weight)
+    for vector in norm.vectors()["out"]:
+        torch.testing.assert_close(torch.linalg.vector_norm(vector), torch.ones((), dtype=vector.real.dtype))

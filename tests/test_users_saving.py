@@ -219,6 +219,7 @@ def test_row_27_a_folded_copy_leaves_the_model_as_it_is(build, folded):
 def quietly(run):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".torch.jit.*is deprecated", FutureWarning)  # since torch 2.14
         return run()
 
 

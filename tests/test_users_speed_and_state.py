@@ -17,7 +17,7 @@ from torch.nn.utils import spectral_norm as hook
 from torch.utils.checkpoint import checkpoint
 
 import fastsn
-from dispatched import Counted
+from dispatched import Counted, needs_kernels
 from op_calls import call
 from shapes import drawn
 
@@ -123,6 +123,7 @@ def graph_size(wrap, n: int) -> int:
 
 
 def test_row_04_the_graph_of_the_compiler_does_not_grow_with_the_iterations():
+    needs_kernels()
     assert graph_size(TORCH, 20) > graph_size(TORCH, 1) + 50
     assert graph_size(fastsn.spectral_norm, 20) == graph_size(fastsn.spectral_norm, 1)
 
@@ -245,6 +246,7 @@ def test_row_07_backward_twice_around_an_optimizer_step(kind):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
         return
+    needs_kernels()  # the reference needs the weight itself for the gradient, like torch's
     loss.backward()
     assert all(torch.equal(p.grad, e) for p, e in zip(layer.parameters(), expected, strict=True))
     assert expected[0].abs().sum() > 0

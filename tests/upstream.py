@@ -17,6 +17,7 @@ import ast
 import re
 import sys
 import unittest
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,6 +50,16 @@ DIFFERENT = {
             "the hook iterates v before u, fastsn and torch's parametrization u before v: half an iteration apart"
         ),
     },
+    "test_spectral_norm_load_state_dict": dict.fromkeys(
+        (
+            "self.assertEqual(out0_eval, snm(inp))",
+            "self.assertEqual(out1_train, snm(inp))",
+            "self.assertEqual(out2_train, snm(inp))",
+            "self.assertEqual(out3_eval, snm(inp))",
+        ),
+        "for an old checkpoint the test reads layer.weight: under a parametrization, torch's too, this is a use and "
+        "iterates, so that u and the normalised weight in that checkpoint do not belong to each other",
+    ),
     "test_spectral_norm_pickle": {
         "RuntimeError: Serialization of parametrized modules is only supported through state_dict(). See:": (
             "torch's rule for everything that is parametrized"
@@ -76,15 +87,27 @@ class _Only(ast.NodeTransformer):
         if not isinstance(node, ast.ClassDef):
             return None
         tests = [x for x in node.body if isinstance(x, ast.FunctionDef) and "spectral_norm" in x.name]
-        node.body = [self.visit(test) for test in tests if test.name.startswith("test")]
+        node.body = []
+        for test in (test for test in tests if test.name.startswith("test")):
+            self._seen: Counter[str] = Counter()
+            node.body.append(self.visit(test))
         return node if node.body else None
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:
-        return _noted(node) if _called(node).startswith("assert") else node
+        return self._noted(node) if _called(node).startswith("assert") else node
 
     def visit_With(self, node: ast.With) -> ast.stmt:
         self.generic_visit(node)
-        return _noted(node) if _called(node).startswith("assert") else node
+        return self._noted(node) if _called(node).startswith("assert") else node
+
+    def _noted(self, node: ast.stmt) -> ast.stmt:
+        """An assertion under its own name: its first line, and which of several with the same one it is."""
+        name = ast.unparse(node).partition("\n")[0]
+        self._seen[name] += 1
+        name += f" ({self._seen[name]})" if self._seen[name] > 1 else ""
+        noted: Any = ast.parse(f"with __noted__({name!r}): pass").body[0]
+        noted.body = [node]
+        return noted
 
 
 def _called(node: ast.AST) -> str:
@@ -96,13 +119,6 @@ def _called(node: ast.AST) -> str:
 
 def _used(nodes: list[Any]) -> set[str]:
     return {x.id for node in nodes for x in ast.walk(node) if isinstance(x, ast.Name)}
-
-
-def _noted(node: ast.stmt) -> ast.stmt:
-    assertion = ast.unparse(node).partition("\n")[0]
-    noted: Any = ast.parse(f"with __noted__({assertion!r}): pass").body[0]
-    noted.body = [node]
-    return noted
 
 
 @contextmanager
@@ -187,8 +203,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="PyTorch's tests of its spectral norms, on fastsn.")
     parser.add_argument("files", nargs="*", type=Path, help="test/nn/test_parametrization.py, test/test_nn.py")
     files = parser.parse_args().files
-    if not files:
-        print("skipped: TESTS must be PyTorch's test/nn/test_parametrization.py, test/test_nn.py or both")
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing or not files:
+        wanted = "PyTorch's test/nn/test_parametrization.py, test/test_nn.py or both"
+        print(f"skipped: TESTS must be {wanted}, got {', '.join(missing) + ': no such file' if missing else 'nothing'}")
         return 0
     try:
         import expecttest  # noqa: F401

@@ -1,0 +1,132 @@
+"""Initialisation of modules that are normalised already: what ``model.apply(fn)`` and ``reset_parameters`` write into a
+normalised tensor becomes the tensor that is normalised. By itself it would be lost with W̄, which is made anew for each
+use, as under torch's parametrization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fastsn.norm import SpectralNorm
+from fastsn.sites import evaluated
+
+
+def initialisable(module: nn.Module) -> None:
+    """Give a parametrized module, whose class is its own or that of its copies, methods that see to it. An ``apply`` of
+    the user's own, which means something else, stays."""
+    kind: Any = type(module)
+    if "_writes_are_kept" in kind.__dict__:
+        return
+    kind._writes_are_kept = True
+    if kind.apply is nn.Module.apply:
+        kind.apply = _keeping(kind.apply)
+    if hasattr(kind, "reset_parameters"):
+        kind.reset_parameters = _keeping(kind.reset_parameters)
+
+
+def _keeping(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def keeping(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _kept(self):
+            return method(self, *args, **kwargs)
+
+    return keeping
+
+
+@contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Serve one W̄ of each normalised tensor for the block. Where something has been written into it, store that; bring
+    u and v to what has changed."""
+    # Inside of another such block, that one sees to it.
+    served = {x: _Served(chain) for x, chain in _chains(module).items() if "forward" not in chain.__dict__}
+    for each in served.values():
+        each.chain.forward = each  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for each in served.values():
+            del each.chain.forward
+    for tensor, each in served.items():
+        if _chains(module).get(tensor) is each.chain:  # not removed by what ran in the block
+            with torch.no_grad():
+                each.finish(module, tensor)
+
+
+class _Served:
+    """In the place of a chain's forward: the same W̄ for everybody who asks. It is made when the first does, and knows
+    afterwards whether it has been written into."""
+
+    def __init__(self, chain: ParametrizationList) -> None:
+        self.chain = chain
+        self._value = self._before = torch.empty(0)
+        self._originals = {x: _version(x) for x in chain.parameters(recurse=False)}
+        norms = [part for part in chain if isinstance(part, SpectralNorm)]
+        # torch's own reset_parameters of recurrent layers draws every parameter below the layer, learnt scales too.
+        self._scales = {x: (_version(x), x.detach().clone()) for norm in norms for x in norm.parameters()}
+
+    def __call__(self) -> Tensor:
+        if not self._value.numel():
+            if not _has_values(self.chain):
+                return type(self.chain).forward(self.chain)
+            with torch.no_grad():
+                self._before = evaluated(self.chain, held=False).detach().clone()
+            self._value = self._before.clone().requires_grad_(any(x.requires_grad for x in self._originals))
+        return self._value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        chain = memo[id(self.chain)]  # a copy of the module that is made in the block is served by nobody
+        return type(chain).forward.__get__(chain)
+
+    def finish(self, module: nn.Module, tensor: str) -> None:
+        """After the block."""
+        for scale, (version, value) in self._scales.items():
+            if _version(scale) != version:
+                scale.copy_(value)
+        written = bool(self._value.numel()) and not _same(self._value, self._before)
+        if written:
+            self._store(module, tensor)
+        changed = written or any(_version(x) != version for x, version in self._originals.items())
+        if changed and _has_values(self.chain):
+            for place, part in enumerate(self.chain):
+                if isinstance(part, SpectralNorm):
+                    part.warm_up(evaluated(self.chain, place, held=False))
+
+    def _store(self, module: nn.Module, tensor: str) -> None:
+        if len(self.chain) == 1:
+            self.chain.original.copy_(self._value)
+            return
+        try:
+            setattr(module, tensor, self._value.detach())  # each parametrization is asked for what gives it
+        except (NotImplementedError, RuntimeError) as error:
+            where = f"{type(module).__name__}.{tensor}"
+            raise RuntimeError(f"{where} cannot be initialised by what it is to become: {error}") from error
+
+
+def _chains(module: nn.Module) -> dict[str, ParametrizationList]:
+    """Those with a norm of fastsn, by the tensors that they make."""
+    found = module._modules.get("parametrizations")
+    return {
+        tensor: chain
+        for tensor, chain in (found.items() if isinstance(found, nn.ModuleDict) else ())
+        if isinstance(chain, ParametrizationList) and any(isinstance(part, SpectralNorm) for part in chain)
+    }
+
+
+def _has_values(chain: ParametrizationList) -> bool:
+    stored = [*chain.parameters(), *chain.buffers()]
+    return not any(x.is_meta or hasattr(x, "_local_tensor") for x in stored)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """The same values, of which NaN is one."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
