@@ -32,7 +32,7 @@ from fastsn.kernels.finish import (
     gather,
     state_of,
 )
-from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two, tile
+from fastsn.kernels.shared import ROW_AXIS, exponent_of, last_to_arrive, power_of_two, tile
 
 
 @triton.jit
@@ -58,6 +58,8 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
     KB: tl.constexpr = KINDS[NUMBER][7]
     VEC: tl.constexpr = KINDS[NUMBER][8]
     DTYPE: tl.constexpr = KINDS[NUMBER][9]
+    R: tl.constexpr = ROW_AXIS
+    C: tl.constexpr = 1 - ROW_AXIS
 
     rows = tl.load(row + ROWS).to(tl.int32)
     b = tl.load(row + B).to(tl.int32)
@@ -91,24 +93,24 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
         # The second half of an iteration goes on from what the first has just made.
         x = state_of(row, 1, flat, 0 if MODE == LOCAL else first)
         z = state_of(row, 3, flat, 0 if MODE == LOCAL else first)
-        p_terms = tl.zeros((BO, BI, KP), tl.float32)
-        q_terms = tl.zeros((BO, BI, KP), tl.float32)
+        p_terms = tl.zeros((BO, BI, KP) if C == 1 else (BI, BO, KP), tl.float32)
+        q_terms = tl.zeros((BO, BI, KP) if C == 1 else (BI, BO, KP), tl.float32)
         for begin in range(0, b, BI):
             i, inside, at = tile(begin, b, k, BI, KP, EXACT, KB)
             w = tl.load(
-                starts[:, None, None] + at[None, :, :], mask=in_rows[:, None, None] & inside[None, :, :], other=0.0
-            )
+                tl.expand_dims(starts, (C, 2)) + tl.expand_dims(at, R),
+                mask=tl.expand_dims(in_rows, (C, 2)) & tl.expand_dims(inside, R),
+                other=0.0,
+            ).to(tl.float32)
             if P:
-                p_terms += (
-                    w.to(tl.float32) * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]
-                )
+                p_terms += w * tl.expand_dims(tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0), R)
             if Q:
-                q_terms += w.to(tl.float32) * tl.load(z + i, mask=i < b, other=0.0)[None, :, None]
+                q_terms += w * tl.expand_dims(tl.load(z + i, mask=i < b, other=0.0), (R, 2))
         if P:
-            p = tl.sum(tl.sum(p_terms, axis=2), axis=1)
+            p = tl.sum(tl.sum(p_terms, axis=2), axis=C)
             tl.store(p_raw + o, p, mask=in_rows)
         if Q:
-            q = tl.sum(q_terms, axis=1)
+            q = tl.sum(q_terms, axis=C)
             tl.store(q_raw + o[:, None] * k + kk[None, :], q, mask=in_q)
 
     if MODE == FUSED or MODE == ACCUMULATE:
@@ -134,13 +136,15 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
         for begin in range(0, b, BI):
             i, inside, at = tile(begin, b, k, BI, KP, EXACT, KB)
             w = tl.load(
-                starts[:, None, None] + at[None, :, :], mask=in_rows[:, None, None] & inside[None, :, :], other=0.0
-            )
+                tl.expand_dims(starts, (C, 2)) + tl.expand_dims(at, R),
+                mask=tl.expand_dims(in_rows, (C, 2)) & tl.expand_dims(inside, R),
+                other=0.0,
+            ).to(tl.float32)
             if P:
-                x_part = tl.sum(w.to(tl.float32) * p[:, None, None], axis=0)
+                x_part = tl.sum(w * tl.expand_dims(p, (C, 2)), axis=R)
                 tl.store(x_sums + i[:, None] * k + kk[None, :], x_part, mask=inside)
             if Q:
-                z_part = tl.sum(tl.sum(w.to(tl.float32) * q[:, None, :], axis=0), axis=1)
+                z_part = tl.sum(tl.sum(w * tl.expand_dims(q, C), axis=R), axis=1)
                 tl.store(z_sums + i, z_part, mask=i < b)
 
 

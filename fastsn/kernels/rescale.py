@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two, tile
+from fastsn.kernels.shared import ROW_AXIS, exponent_of, last_to_arrive, power_of_two, tile
 
 # Columns of the tables, one row of int64 per weight.
 WEIGHT = tl.constexpr(0)  # W; backward: W̄, or W where the scale is a tensor
@@ -200,6 +200,8 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
     VEC: tl.constexpr = KINDS[NUMBER][7]
     DTYPE: tl.constexpr = KINDS[NUMBER][8]
     OUT: tl.constexpr = KINDS[NUMBER][9]
+    R: tl.constexpr = ROW_AXIS
+    C: tl.constexpr = 1 - ROW_AXIS
     rows = tl.load(row + ROWS).to(tl.int32)
     b = tl.load(row + B).to(tl.int32)
     k = tl.load(row + K).to(tl.int32)
@@ -230,13 +232,15 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
         )
     for begin in range(0, b, BI):
         i, inside, at = tile(begin, b, k, BI, KP, EXACT, KB)
-        mask = in_rows[:, None, None] & inside[None, :, :]
-        g = alpha * tl.load(from_rows[:, None, None] + at[None, :, :], mask=mask, other=0.0).to(tl.float32)
+        at = tl.expand_dims(at, R)
+        mask = tl.expand_dims(in_rows, (C, 2)) & tl.expand_dims(inside, R)
+        g = alpha * tl.load(tl.expand_dims(from_rows, (C, 2)) + at, mask=mask, other=0.0).to(tl.float32)
         if P:
-            g += p[:, None, None] * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]
+            x_here = tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)
+            g += tl.expand_dims(p, (C, 2)) * tl.expand_dims(x_here, R)
         if Q:
-            g += q[:, None, :] * tl.load(z + i, mask=i < b, other=0.0)[None, :, None]
-        tl.store(to_rows[:, None, None] + at[None, :, :], g.to(out.dtype.element_ty), mask=mask)
+            g += tl.expand_dims(q, C) * tl.expand_dims(tl.load(z + i, mask=i < b, other=0.0), (R, 2))
+        tl.store(tl.expand_dims(to_rows, (C, 2)) + at, g.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["layers", "scales"])

@@ -5,6 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Which axis of a tile is that of its rows; the other one of the first two is that of its channels. Triton up to 3.6
+# spreads what comes first over the lanes of a warp where loads are of single elements, later ones what comes second.
+# Sums over the rows, in the loop, must not cross lanes.
+ROW_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6) else 0)
+
 
 @triton.jit
 def power_of_two(exponent):
