@@ -1,15 +1,9 @@
-"""What the kernels of power iteration and of rescaling share: powers of two, tiles of rows, who comes last."""
+"""What the kernels of power iteration and of rescaling share: powers of two, tiles of channels_last rows, who comes last."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# Which axis of a tile is that of its rows; the other one of the first two is that of its channels. Triton up to 3.6
-# spreads what comes first over the lanes of a warp where loads are of single elements, later ones what comes second.
-# Sums over the rows, in the loop, must not cross lanes.
-ROW_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6) else 0)
-
 
 @triton.jit
 def power_of_two(exponent):
@@ -26,24 +20,13 @@ def exponent_of(x):
 
 
 @triton.jit
-def tile(begin, b, k, BI: tl.constexpr, KP: tl.constexpr, EXACT: tl.constexpr, KB: tl.constexpr):
-    """Channels begin..begin+BI of rows, with all K positions: (b, k of every element, which are there, where they lie).
-
-    EXACT: K is KP, known when compiling, which makes wide loads possible.
-    """
+def tile(begin, b, k, BI: tl.constexpr, KP: tl.constexpr):
+    """Channels begin..begin+BI of channels_last rows, with all positions: (b, k of every element, which are there,
+    where they lie)."""
     i = begin + tl.arange(0, BI)
     kk = tl.arange(0, KP)
-    if EXACT:
-        inside = tl.broadcast_to((i < b)[:, None], (BI, KP))
-    else:
-        inside = (i < b)[:, None] & (kk < k)[None, :]
-    if KB:
-        at = i[:, None] + kk[None, :] * b
-    elif EXACT:
-        at = i[:, None] * KP + kk[None, :]
-    else:
-        at = i[:, None] * k + kk[None, :]
-    return i, inside, at
+    inside = (i < b)[:, None] & (kk < k)[None, :]
+    return i, inside, i[:, None] + kk[None, :] * b
 
 
 @triton.jit
