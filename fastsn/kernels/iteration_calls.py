@@ -103,9 +103,7 @@ class Plan:
             if mode is None:
                 continue
             a = w.arrangement
-            kind = self._kinds.number(
-                (mode, place[4] >= 0, place[5] >= 0, *t.kind(w.vector_width(t)), TYPES[w.dtype])
-            )
+            kind = self._kinds.number((mode, place[4] >= 0, place[5] >= 0, *t.kind(w.vector_width(t)), TYPES[w.dtype]))
             later = mode in (_FUSED, _ACCUMULATE) and settings.finished_apart(a, t.blocks)
             for block in range(t.blocks):
                 blocks.add(i, block, kind, mode, int(later))

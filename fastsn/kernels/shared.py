@@ -1,9 +1,10 @@
-"""What the kernels of power iteration and of rescaling share: powers of two, tiles of channels_last rows, who comes last."""
+"""What the kernels of power iteration and of rescaling share: powers of two, channels_last tiles, who comes last."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 
 @triton.jit
 def power_of_two(exponent):
