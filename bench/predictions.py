@@ -56,8 +56,9 @@ if __name__ == "__main__":
 Predictions, by `bench/predictions.py`; nothing here was measured. Caches cold, one iteration, inside a CUDA graph.
 
 Assumed: {BANDWIDTH / 1e12:.2f} TB/s (85 % of 3.35), {LAUNCH} µs per launch, {TRIP} µs per dependent trip to L2.
-Bytes: the iteration reads W once, and writes and reads the sums of its blocks, all counted at the speed of memory; rescaling reads
-W and writes W̄; backward reads G and W̄, then G again, and writes dW. Time is bytes over bandwidth, launches, and for the
+Bytes: the iteration reads W once, and writes and reads the sums of its blocks, all counted at the speed of memory;
+rescaling reads W and writes W̄; backward reads G and W̄, then G again, and writes dW. Time is bytes over bandwidth,
+launches, and for the
 iteration the trips of the weight with the most of them: a whole column of groups where a second launch adds sums up,
 all tiles where the last program does. "own" is what positions take to come together where K is no power of two, written
 and read in L2, and in no time below.
