@@ -67,6 +67,8 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     on_the_gpu = [f"tests/test_{name}.py" for name in ON_THE_GPU]
     on_its_machine = ["tests"]
     raw, suite = str(out / "raw.json"), str(out / "suite.json")
+    # One that is interrupted has not used its fixture, which is no error.
+    quiet = ["-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"]
     bench = [f"bench/test_{name}.py" for name in ("normalisation", "training_step", "growth")]
     weights = "the table"
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
@@ -75,7 +77,10 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     if rehearse:  # without the tools of CUDA
         sanitizer, ncu, weights = [], [], "two weights"
         smoke, on_the_gpu = ["tests/test_triton.py", "-k", "aligned"], ["tests/test_op_errors.py", "-k", "gradients"]
-        on_its_machine, bench = ["tests/test_op_errors.py"], ["bench/test_growth.py", "-k", "16-fastsn"]
+        on_its_machine, bench = (
+            ["tests/test_op_errors.py"],
+            [*bench, "-k", "small and evaluation and whole or 16-fastsn"],
+        )
     return {
         1: [
             *prepare,
@@ -106,10 +111,9 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
             Step(
                 "contestants",
                 None,
-                [*pytest, "--benchmark-only", f"--benchmark-json={raw}", *bench],
+                [*pytest, *quiet, "--benchmark-only", f"--benchmark-json={raw}", *bench],
             ),
             Step("report", 20, [python, "bench/report.py", raw, suite]),
-            Step("picture", 20, [python, "bench/report.py", "--picture", suite, str(out / "suite.png")]),
         ],
     }
 
