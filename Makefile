@@ -37,10 +37,13 @@ upstream: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
-# On a machine with a GPU, torch and triton, in that python: nothing is installed. Results go to $(OUT).
+# On a machine with a GPU, torch and triton, in that python: nothing is installed. Results go to $(OUT). Three parts of
+# nine minutes at most: PART=1 whether and how fast the kernels run, PART=2 the tests, PART=3 tools and benchmarks.
 OUT ?= gpu-results
+PART ?= 1 2 3
+FASTSN_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 gpu:
-	PYTHON="$(PYTHON)" OUT="$(OUT)" bash .ci/gpu
+	FASTSN_COMMIT="$(FASTSN_COMMIT)" $(PYTHON) .ci/gpu.py $(PART) --out "$(OUT)" $(if $(REHEARSE),--rehearse)
 
 # An sdist and a pure wheel in dist/; the sdist is installed in the ways that users do.
 package: $(INSTALLED)

@@ -44,7 +44,7 @@ def shape_of(shape: tuple[int, ...], dtype: Any, aligned: bool = True, channels_
     a = arrangement(shape, like.stride(), 0)
     assert a is not None
     t = DEFAULT.tiles(a)
-    return t.bo, t.bi, t.kp, a.k == t.kp, a.kb, vector_width(a, dtype.primitive_bitwidth // 8, aligned)
+    return t.kind(vector_width(a, dtype.primitive_bitwidth // 8, aligned, t))
 
 
 def weights(aligned: bool) -> dict[str, tuple[Any, ...]]:
@@ -54,6 +54,7 @@ def weights(aligned: bool) -> dict[str, tuple[Any, ...]]:
         found = {name: (shape_of(shape, F32, False), F32, True) for name, shape in shapes.items()}
         return {**found, "4x4": (shape_of((256, 256, 4, 4), F16, False), F16, True)}
     return {
+        "3x3": (shape_of((512, 256, 3, 3), F32), F32, True),
         "4x4": (shape_of((256, 256, 4, 4), F32), F32, True),
         "4x4 bfloat16": (shape_of((256, 256, 4, 4), BF16), BF16, True),
         "3x3 channels_last": (shape_of((512, 256, 3, 3), F32, channels_last=True), F32, True),
@@ -112,8 +113,9 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
 
 
-def needs(binary: Any, target: GPUTarget) -> dict[str, int]:
-    """Registers per thread, bytes that went to memory for want of them, loads of 16 bytes in the PTX."""
+def needs(binary: Any, target: GPUTarget) -> dict[str, Any]:
+    """Registers per thread, bytes that went to memory for want of them, loads of 16 bytes in the PTX, and, of the whole
+    program and of each of its loops over tiles, what ``counted`` counts."""
     if target.backend == "hip":
         text = binary.asm["amdgcn"]
         number = {n: int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "private_segment_fixed_size")}
@@ -121,11 +123,45 @@ def needs(binary: Any, target: GPUTarget) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4", binary.asm["ptx"]))
-    return {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "wide": wide}
+    instructions, loops = disassembled(code)
+    over_tiles = [found for found in map(counted, loops) if found["loads of 16 bytes"]]
+    found = {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "wide": wide}
+    return {**found, "program": counted(instructions), "loops": over_tiles}
+
+
+def disassembled(code: str) -> tuple[list[str], list[list[str]]]:
+    """Machine instructions, and those of every loop without another one inside: from a label to a branch back to it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?);", line):
+            target = re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            instructions.append(instruction[1])
+            if target and target[1] in labels:
+                spans.append((labels[target[1]], len(instructions)))
+    inner = [(a, z) for a, z in spans if not any(a <= b and y <= z and (a, z) != (b, y) for b, y in spans)]
+    return instructions, [instructions[a:z] for a, z in inner]
+
+
+def counted(instructions: list[str]) -> dict[str, int]:
+    """How many there are, shuffles between lanes, barriers, loads from global memory and how many of those are wide."""
+    loads = [x for x in instructions if x.startswith("LDG")]
+    return {
+        "instructions": sum(not x.startswith("NOP") for x in instructions),
+        "shuffles": sum(x.startswith("SHFL") for x in instructions),
+        "barriers": sum(x.startswith("BAR") for x in instructions),
+        "loads": len(loads),
+        "loads of 16 bytes": sum(".128" in x for x in loads),
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ import torch
 ON = os.environ.get("FASTSN_TEST_ON", "")
 if ON == "cuda":
     torch.set_default_device("cuda")
+    # Two runs of a network give the same bits, as on a CPU: where two implementations differ, it is by themselves.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 

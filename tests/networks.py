@@ -50,7 +50,7 @@ def discriminator(dtype: torch.dtype = torch.float32, variant: str = "bssn") -> 
 
 def task(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Images with and without a bright corner."""
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(1)
     x = torch.randn(32, 1, 7, 7, generator=draw)
     x[::2, :, :3, :3] += 1.5
     return x.to(dtype), (torch.arange(32) % 2 == 0).to(dtype)[:, None]

@@ -73,3 +73,11 @@ def table(dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> tup
     layers = [case.build() for case in TABLE]
     drawn = [torch.randn(layer.weight.shape, dtype=torch.float64).to(dtype) for layer in layers]
     return [laid_out(w, layout) for w in drawn], [views.output_dim(layer) for layer in layers]
+
+
+def larger() -> tuple[list[Tensor], list[int]]:
+    """Weights of many blocks, channels_last and output channels second among them."""
+    shapes = [(70, 33, 3, 3), (40, 64, 4, 4), (24, 50, 7), (129, 257), (1, 5000), (33, 20, 3, 3)]
+    weights = [torch.randn(shape) for shape in shapes]
+    weights[1] = weights[1].contiguous(memory_format=torch.channels_last)
+    return weights, [0, 0, 0, 0, 0, 1]

@@ -121,6 +121,8 @@ class RaceChecker:
                 if at >= 0:
                     self._know(flat.data_ptr() + 4 * at, 4 * size)
             at = scratch.data_ptr() + 4 * place[6]
+            for block in range(blocks):
+                self._know(at - 4 * tiles.own * (blocks - block), 4 * tiles.own * q)
             parts = [(p, a.rows), (q, a.rows * a.k), (p, blocks), (q, blocks)]
             for used, size in parts + [(p, a.n)] * blocks + [(q, a.b)] * blocks:
                 self._know(at, 4 * size * used)

@@ -17,7 +17,7 @@ from fastsn import gpu
 from fastsn.kernels import settings
 from fastsn.kernels.settings import Settings
 from interpreted import SMALL
-from op_calls import call, table
+from op_calls import call, larger, table
 from race_checker import ORDERS, RaceChecker
 
 OPS = {name: gpu.implementation(name, lambda _: True) for name in gpu.KERNELS}
@@ -29,14 +29,6 @@ class Case(NamedTuple):
 
     weights: Callable[[], tuple[list[Tensor], list[int]]]
     settings: Settings
-
-
-def larger() -> tuple[list[Tensor], list[int]]:
-    """Weights of many blocks, channels_last and output channels second among them."""
-    shapes = [(70, 33, 3, 3), (40, 64, 4, 4), (24, 50, 7), (129, 257), (1, 5000), (33, 20, 3, 3)]
-    weights = [torch.randn(shape) for shape in shapes]
-    weights[1] = weights[1].contiguous(memory_format=torch.channels_last)
-    return weights, [0, 0, 0, 0, 0, 1]
 
 
 CASES = {

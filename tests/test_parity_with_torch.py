@@ -61,7 +61,7 @@ def test_200_training_steps_of_a_discriminator_equal_torchs(optimizer, impl):
     dtype = torch.float32 if impl == "reference" else torch.float64
     theirs, ours = (discriminator(lambda m, wrap=wrap: wrap(m.to(dtype))) for wrap in WRAPPERS.values())
     optimizers = [optimizer(m.parameters(), lr=1e-3) for m in (theirs, ours)]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     assert_same_state(theirs, ours, "at construction")
     for step in range(200):
         real, fake = torch.randn(2, 4, 1, 8, 8, generator=generator).to(dtype)
@@ -209,7 +209,7 @@ def test_cached_across_autocast():
     """The first read decides the dtype for all readers: it must be the parameter's."""
     layer, x = fastsn.spectral_norm(nn.Linear(5, 4)), torch.randn(2, 5)
     with parametrize.cached():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         assert layer(x).dtype == torch.float32
 

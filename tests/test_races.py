@@ -56,8 +56,8 @@ BUGS = {
     ),
     "an overflow inside scratch": (
         power_iteration,
-        "tl.store(z_sums + i, z_part, mask=i < b)",
-        "tl.store(z_sums + i, z_part, mask=i <= b)",
+        "tl.store(p_raw + o, p, mask=in_rows)",
+        "tl.store(p_raw + o, p, mask=o <= rows)",
         "store out of bounds|race in iterate",
     ),
 }

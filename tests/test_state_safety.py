@@ -136,7 +136,7 @@ def test_under_autocast_the_iteration_is_untouched_and_the_weight_comes_out_in_h
         layer = fastsn.BSSNConv2d(4, 6, 3, scale=1.5)
         dropin = fastsn.spectral_norm(nn.Linear(4, 6))
         embedding = fastsn.SNEmbedding(5, 4)
-        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+        with torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=enabled):
             made = [layer.normalised()[0], dropin.weight, embedding.normalised()[0]]
         assert [w.dtype for w in made] == ([dtype, dtype, torch.float32] if enabled else [torch.float32] * 3)
         results.append([*vectors(layer.spectral_norm), *dropin.buffers(), *(w.to(dtype) for w in made)])
@@ -144,7 +144,7 @@ def test_under_autocast_the_iteration_is_untouched_and_the_weight_comes_out_in_h
 
 
 def test_registering_under_autocast_works():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         layer = fastsn.spectral_norm(nn.Linear(4, 6))
         assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
 

@@ -86,7 +86,7 @@ def test_a_first_use_without_gradient_does_not_cut_later_ones():
 def test_a_weight_made_in_inference_mode_is_not_served_to_training():
     layer, x = fastsn.BSSNConv2d(2, 4, 3).requires_grad_(False), batch()
     points = x.clone().requires_grad_()
-    with fastsn.step(layer), torch.autocast("cpu", dtype=torch.bfloat16):
+    with fastsn.step(layer), torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         with torch.inference_mode():
             layer(x)
         layer(points).sum().backward()
@@ -246,7 +246,7 @@ def test_autocast_inside_a_step():
     layer = fastsn.BSSNConv2d(2, 4, 3)
     with fastsn.step(layer):
         full = layer.normalised()[0]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             assert torch.equal(layer.normalised()[0], full.bfloat16())
         assert layer.normalised()[0].dtype == torch.float32
 

@@ -19,7 +19,7 @@ ORDER += ["scopes", "parametrize", "initialising", "sites", "layers", "norm", "l
 ORDER += ["serving", "jobs", "gpu", "ops", "backends", "origin", "checks", "layouts", "views", "variants", "reference"]
 # Imported when the first tensor of a GPU comes.
 KERNELS = ["launch", "rescale_calls", "iteration_calls", "plan", "memory", "settings", "rescale", "power_iteration"]
-KERNELS += ["finish", "shared", "arrangement", "__init__"]
+KERNELS += ["rows", "finish", "shared", "arrangement", "__init__"]
 LEAVES = {"layouts", "origin", "views", "variants", "reference"}
 
 

@@ -150,6 +150,15 @@ def test_weights_that_are_not_aligned_give_the_same():
     assert_same(ours, theirs, exactly=False)
 
 
+def test_rows_of_several_tiles_whose_positions_are_no_power_of_two():
+    weights = [torch.randn(1, 200, 3, 3), torch.randn(5, 50, 7), torch.randn(3, 100, 3, 3).half()]
+    c = call(weights, [0, 0, 0], 3)
+    sigma, vectors = c.iterate()
+    exact_sigma, exact = ops.reference_power_iteration(*c.exact().iteration(), 1)
+    assert off(sigma, exact_sigma) <= 1e-6
+    assert off(vectors, exact) <= 1e-6
+
+
 def test_kernels_of_many_positions():
     weights = [torch.randn(6, 4, 41), torch.randn(4, 3, 5, 5, 5), torch.randn(3, 2, 32, 16)]
     c = call(weights, [0, 0, 0], 3)

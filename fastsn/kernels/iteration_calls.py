@@ -83,16 +83,16 @@ class Plan:
 
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
-        a, blocks = self.weights[i].arrangement, self.tiles[i].blocks
+        a, tiles = self.weights[i].arrangement, self.tiles[i]
         places, size = vector_places(a, self.views[i])
         vectors = [self.vectors + place if place >= 0 else -1 for place in places]
         in_row, in_class = places[0] >= 0, places[2] >= 0
         after = self.sigmas + (in_row and in_class)  # sigma of `out` comes first: of the class matrix where turned
         row, cls = (after, self.sigmas) if a.turned else (self.sigmas, after)
-        scratch = self.scratch
+        scratch = self.scratch + -(-tiles.blocks * tiles.own // 4) * 4  # what blocks have to themselves comes before
         self.vectors += size
         self.sigmas += in_row + in_class
-        self.scratch += -(-(a.rows * (1 + a.k) + blocks * (2 + a.n + a.b)) // 4) * 4
+        self.scratch = scratch + -(-(a.rows * (1 + a.k) + tiles.blocks * (2 + a.n + a.b)) // 4) * 4
         return [*vectors, row if in_row else -1, cls if in_class else -1, scratch]
 
     def _phases(self, modes: Sequence[int | None]) -> list[Launch]:
@@ -103,8 +103,7 @@ class Plan:
             if mode is None:
                 continue
             a = w.arrangement
-            shape = (t.bo, t.bi, t.kp, a.k == t.kp, a.kb, w.vector_width(), TYPES[w.dtype])
-            kind = self._kinds.number((mode, place[4] >= 0, place[5] >= 0, *shape))
+            kind = self._kinds.number((mode, place[4] >= 0, place[5] >= 0, *t.kind(w.vector_width(t)), TYPES[w.dtype]))
             later = mode in (_FUSED, _ACCUMULATE) and settings.finished_apart(a, t.blocks)
             for block in range(t.blocks):
                 blocks.add(i, block, kind, mode, int(later))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsn.kernels import memory
 from fastsn.kernels.arrangement import Arrangement, arranged
-from fastsn.kernels.settings import vector_width
+from fastsn.kernels.settings import Tiles, vector_width
 
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # the numbers of the ops
@@ -33,9 +33,9 @@ class Weight(NamedTuple):
     dtype: torch.dtype
     aligned: bool
 
-    def vector_width(self) -> int:
+    def vector_width(self, tiles: Tiles) -> int:
         """Elements of a wide load of its rows."""
-        return vector_width(self.arrangement, self.dtype.itemsize, self.aligned)
+        return vector_width(self.arrangement, self.dtype.itemsize, self.aligned, tiles)
 
     def flat_width(self) -> int:
         """The same for one that is read from end to end."""

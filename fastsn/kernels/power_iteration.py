@@ -32,7 +32,8 @@ from fastsn.kernels.finish import (
     gather,
     state_of,
 )
-from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two, tile
+from fastsn.kernels.rows import accumulate_by_position, accumulate_flat, local_by_position, local_flat
+from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two
 
 
 @triton.jit
@@ -53,11 +54,12 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
     Q: tl.constexpr = KINDS[NUMBER][2]
     BO: tl.constexpr = KINDS[NUMBER][3]
     BI: tl.constexpr = KINDS[NUMBER][4]
-    KP: tl.constexpr = KINDS[NUMBER][5]
-    EXACT: tl.constexpr = KINDS[NUMBER][6]
-    KB: tl.constexpr = KINDS[NUMBER][7]
-    VEC: tl.constexpr = KINDS[NUMBER][8]
-    DTYPE: tl.constexpr = KINDS[NUMBER][9]
+    USED: tl.constexpr = KINDS[NUMBER][5]
+    K_: tl.constexpr = KINDS[NUMBER][6]
+    KP: tl.constexpr = KINDS[NUMBER][7]
+    KB: tl.constexpr = KINDS[NUMBER][8]
+    VEC: tl.constexpr = KINDS[NUMBER][9]
+    DTYPE: tl.constexpr = KINDS[NUMBER][10]
 
     rows = tl.load(row + ROWS).to(tl.int32)
     b = tl.load(row + B).to(tl.int32)
@@ -65,51 +67,47 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
     blocks = tl.load(row + BLOCKS)
     stride = tl.load(row + STRIDE)
     weight = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    n = b * k
+    p_raw = scratch + tl.load(row + SUMS)
+    q_raw = p_raw + rows
+    p_exponents = q_raw + rows * k
+    q_exponents = p_exponents + blocks
+    x_sums = q_exponents + blocks + block.to(tl.int64) * n
+    z_sums = q_exponents + blocks + blocks * n + block.to(tl.int64) * b
+    own = p_raw - (blocks - block) * ((BO if BO > 1 else 2) * BI)
+    if BI % 4 == 0:
+        own = tl.multiple_of(own, 16)
     if (
         VEC > 1
     ):  # the host has checked; said on values of this branch alone, for a hint holds wherever its value is used
         weight = tl.multiple_of(weight, 16)
         stride = (stride // VEC) * VEC
-        if KP == 1 or KB:
+        n = (n // VEC) * VEC
+        if KB:
             b = (b // VEC) * VEC
-    p_raw = scratch + tl.load(row + SUMS)
-    q_raw = p_raw + rows
-    p_exponents = q_raw + rows * k
-    q_exponents = p_exponents + blocks
-    x_sums = q_exponents + blocks + block.to(tl.int64) * b * k
-    z_sums = q_exponents + blocks + blocks * b * k + block.to(tl.int64) * b
 
     o = block * BO + tl.arange(0, BO)
-    kk = tl.arange(0, KP)
     in_rows = o < rows
+    # The positions of q: in every lane that of its elements, or one after the other.
+    kk = tl.arange(0, KP if KB else BI)
+    if not KB:
+        kk = kk % K_
     in_q = in_rows[:, None] & (kk < k)[None, :]
     starts = weight + o.to(tl.int64) * stride
-    p = tl.zeros((BO,), tl.float32)
-    q = tl.zeros((BO, KP), tl.float32)
 
     if MODE != ACCUMULATE:
         # The second half of an iteration goes on from what the first has just made.
         x = state_of(row, 1, flat, 0 if MODE == LOCAL else first)
         z = state_of(row, 3, flat, 0 if MODE == LOCAL else first)
-        p_terms = tl.zeros((BO, BI, KP), tl.float32)
-        q_terms = tl.zeros((BO, BI, KP), tl.float32)
-        for begin in range(0, b, BI):
-            i, inside, at = tile(begin, b, k, BI, KP, EXACT, KB)
-            w = tl.load(
-                starts[:, None, None] + at[None, :, :], mask=in_rows[:, None, None] & inside[None, :, :], other=0.0
-            )
-            if P:
-                p_terms += (
-                    w.to(tl.float32) * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]
-                )
-            if Q:
-                q_terms += w.to(tl.float32) * tl.load(z + i, mask=i < b, other=0.0)[None, :, None]
+        if KB:
+            p, q = local_by_position(starts, o, in_rows, b, k, x, z, q_raw, P, Q, BO, BI, KP)
+        else:
+            p, q = local_flat(starts, o, in_rows, n, x, z, q_raw, own, P, Q, BO, BI, USED, K_, KP)
         if P:
-            p = tl.sum(tl.sum(p_terms, axis=2), axis=1)
             tl.store(p_raw + o, p, mask=in_rows)
-        if Q:
-            q = tl.sum(q_terms, axis=1)
-            tl.store(q_raw + o[:, None] * k + kk[None, :], q, mask=in_q)
+    else:
+        p = tl.zeros((BO,), tl.float32)
+        q = tl.zeros((BO, KP if KB else BI), tl.float32)
 
     if MODE == FUSED or MODE == ACCUMULATE:
         if P:
@@ -131,17 +129,10 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
             else:
                 q = q_old
                 tl.store(q_exponents + block, 0.0)
-        for begin in range(0, b, BI):
-            i, inside, at = tile(begin, b, k, BI, KP, EXACT, KB)
-            w = tl.load(
-                starts[:, None, None] + at[None, :, :], mask=in_rows[:, None, None] & inside[None, :, :], other=0.0
-            )
-            if P:
-                x_part = tl.sum(w.to(tl.float32) * p[:, None, None], axis=0)
-                tl.store(x_sums + i[:, None] * k + kk[None, :], x_part, mask=inside)
-            if Q:
-                z_part = tl.sum(tl.sum(w.to(tl.float32) * q[:, None, :], axis=0), axis=1)
-                tl.store(z_sums + i, z_part, mask=i < b)
+        if KB:
+            accumulate_by_position(starts, in_rows, b, k, p, q, x_sums, z_sums, P, Q, BI, KP)
+        else:
+            accumulate_flat(starts, in_rows, n, p, q, x_sums, z_sums, own, P, Q, BI, USED, K_, KP)
 
 
 @triton.jit

@@ -194,27 +194,30 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
     Q: tl.constexpr = KINDS[NUMBER][1]
     BO: tl.constexpr = KINDS[NUMBER][2]
     BI: tl.constexpr = KINDS[NUMBER][3]
-    KP: tl.constexpr = KINDS[NUMBER][4]
-    EXACT: tl.constexpr = KINDS[NUMBER][5]
-    KB: tl.constexpr = KINDS[NUMBER][6]
-    VEC: tl.constexpr = KINDS[NUMBER][7]
-    DTYPE: tl.constexpr = KINDS[NUMBER][8]
-    OUT: tl.constexpr = KINDS[NUMBER][9]
+    USED: tl.constexpr = KINDS[NUMBER][4]
+    K_: tl.constexpr = KINDS[NUMBER][5]
+    KP: tl.constexpr = KINDS[NUMBER][6]
+    KB: tl.constexpr = KINDS[NUMBER][7]
+    VEC: tl.constexpr = KINDS[NUMBER][8]
+    DTYPE: tl.constexpr = KINDS[NUMBER][9]
+    OUT: tl.constexpr = KINDS[NUMBER][10]
     rows = tl.load(row + ROWS).to(tl.int32)
     b = tl.load(row + B).to(tl.int32)
     k = tl.load(row + K).to(tl.int32)
     stride = tl.load(row + GRADIENT_STRIDE)
-    n = b.to(tl.int64) * k
+    n = b * k
     gradient = tl.load(row + GRADIENT).to(tl.pointer_type(DTYPE))
     if VEC > 1:
         gradient = tl.multiple_of(gradient, 16)
         stride = (stride // VEC) * VEC
         n = (n // VEC) * VEC
-        if KP == 1 or KB:
+        if KB:
             b = (b // VEC) * VEC
     out = tl.multiple_of(tl.load(row + RESULT).to(tl.pointer_type(OUT)), 16)
     o = block * BO + tl.arange(0, BO)
-    kk = tl.arange(0, KP)
+    # The positions of q: in every lane that of its elements, or one after the other.
+    lane = tl.arange(0, BI)
+    kk = tl.arange(0, KP) if KB else lane % K_
     in_rows = o < rows
     from_rows = gradient + o.to(tl.int64) * stride
     to_rows = out + o.to(tl.int64) * n
@@ -228,15 +231,27 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
             mask=in_rows[:, None] & (kk < k)[None, :],
             other=0.0,
         )
-    for begin in range(0, b, BI):
-        i, inside, at = tile(begin, b, k, BI, KP, EXACT, KB)
-        mask = in_rows[:, None, None] & inside[None, :, :]
-        g = alpha * tl.load(from_rows[:, None, None] + at[None, :, :], mask=mask, other=0.0).to(tl.float32)
-        if P:
-            g += p[:, None, None] * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]
-        if Q:
-            g += q[:, None, :] * tl.load(z + i, mask=i < b, other=0.0)[None, :, None]
-        tl.store(to_rows[:, None, None] + at[None, :, :], g.to(out.dtype.element_ty), mask=mask)
+    if KB:
+        for begin in range(0, b, BI):
+            i, inside, at = tile(begin, b, k, BI, KP)
+            mask = in_rows[:, None, None] & inside[None, :, :]
+            g = alpha * tl.load(from_rows[:, None, None] + at[None, :, :], mask=mask, other=0.0).to(tl.float32)
+            if P:
+                g += p[:, None, None] * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]
+            if Q:
+                g += q[:, None, :] * tl.load(z + i, mask=i < b, other=0.0)[None, :, None]
+            tl.store(to_rows[:, None, None] + at[None, :, :], g.to(out.dtype.element_ty), mask=mask)
+    else:
+        for begin in range(0, n, USED):
+            at = begin + lane
+            inside = (lane < USED) & (at < n)
+            mask = in_rows[:, None] & inside[None, :]
+            g = alpha * tl.load(from_rows[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
+            if P:
+                g += p[:, None] * tl.load(x + at, mask=inside, other=0.0)[None, :]
+            if Q:
+                g += q * tl.load(z + (begin // K_ + lane // K_), mask=inside, other=0.0)[None, :]
+            tl.store(to_rows[:, None] + at[None, :], g.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["layers", "scales"])

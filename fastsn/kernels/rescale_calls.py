@@ -221,9 +221,9 @@ class _Backward(_Plan):
         for i in reversed(order):  # backwards: what was read last is still in the cache
             g, t = gradients[i], settings.tiles(weights[i].arrangement)
             a, (p, q) = g.arrangement, self._views(i)
-            wide = min(g.vector_width(), vector_width(a._replace(stride=a.n), DTYPES[numbers.dtypes[i]].itemsize, True))
-            shape = (t.bo, t.bi, t.kp, a.k == t.kp, a.kb)
-            number = block_kinds.number((p, q, *shape, wide, TYPES[g.dtype], TYPES[DTYPES[numbers.dtypes[i]]]))
+            itemsize = DTYPES[numbers.dtypes[i]].itemsize
+            wide = min(g.vector_width(t), vector_width(a._replace(stride=a.n), itemsize, True, t))
+            number = block_kinds.number((p, q, *t.kind(wide), TYPES[g.dtype], TYPES[DTYPES[numbers.dtypes[i]]]))
             for row in reversed(range(t.blocks)):
                 blocks.add(i, row, number)
         self.launches = [

@@ -6,6 +6,7 @@ Nothing here was measured on a GPU yet: what each number rests on stands beside 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -26,12 +27,28 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A tile of (BO rows, BI channels, KP >= K positions), of which ``blocks`` cover the rows of a weight."""
+    """A tile of BO rows, of which ``blocks`` cover those of a weight, by BI flat elements; with ``kb`` (channels_last)
+    by BI channels and KP >= K positions."""
 
     bo: int
     bi: int
+    k: int
     kp: int
+    kb: bool
     blocks: int
+
+    def kind(self, width: int) -> tuple[Any, ...]:
+        """For kernels that load ``width`` elements at a time: of the BI elements, tiles use so many that each begins
+        at position 0 and at a wide load."""
+        if self.kb:
+            return self.bo, self.bi, self.bi, 0, self.kp, True, width
+        period = math.lcm(self.k, width)
+        return self.bo, self.bi, self.bi // period * period, self.k, self.kp, False, width
+
+    @property
+    def own(self) -> int:
+        """Floats of the scratch that each block has to itself: a tile, or two places for sums over its rows."""
+        return 0 if self.kb or self.k == self.kp else max(self.bo, 2) * self.bi
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,10 @@ class Settings:
     # The last program of a weight adds up its blocks' sums, tile by tile, unless it has more tiles than this to go
     # through: then a second launch does. A tile waits for the L2 cache once, some 0.3 µs; a launch costs about 3.
     last_tiles: int = 16
-    group: int = 8  # blocks added at a time
-    columns: int = 256  # of how many columns
+    # Blocks that are added at a time, and of how many columns. 64 blocks of 32 columns would take one trip to the L2
+    # cache where these take 8, and on sm_80 ptxas then spills 80 bytes of every iteration (Triton 3.8).
+    group: int = 8
+    columns: int = 256
     vector: int = 1024  # elements of a vector that are normalised at a time
     # Elements that a program of the elementwise kernels goes through, in steps of a tile.
     chunk: int = 8192
@@ -94,8 +113,11 @@ class Settings:
         kp = power_of_two(a.k)
         rows = self.rows * (4 if a.rows > self.many_blocks * self.rows else 1)
         bo = min(rows, power_of_two(a.rows), max(self.tile // kp, 1))
-        bi = max(1, min(self.tile // (bo * kp), power_of_two(a.b)))
-        return Tiles(bo, bi, kp, -(-a.rows // bo))
+        if a.kb:
+            bi = max(1, min(self.tile // (bo * kp), power_of_two(a.b)))
+        else:
+            bi = max(kp, min(self.tile // bo, power_of_two(a.n)))
+        return Tiles(bo, bi, a.k, kp, a.kb, -(-a.rows // bo))
 
     def finished_apart(self, a: Arrangement, blocks: int) -> bool:
         """Whether a second launch adds up the blocks' sums."""
@@ -165,13 +187,8 @@ def file(name: str) -> Path:
     return Path(folder) / "fastsn" / f"launch-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
 
 
-def vector_width(a: Arrangement, element_size: int, aligned: bool) -> int:
-    """How many elements a load of 16 bytes takes where rows begin at multiples of 16 bytes, otherwise 1.
-
-    Kernels of 3x3 positions are read one element at a time: 9 of 16 lanes of a tile are theirs, and wider loads would
-    have to be taken apart by division. 18 elements per clock and multiprocessor are some 16 TB/s on an H100, twice what
-    the two halves of an iteration ask for at full memory speed: a matter of loads in flight, for a GPU to decide."""
+def vector_width(a: Arrangement, element_size: int, aligned: bool, tiles: Tiles) -> int:
+    """How many elements a load of 16 bytes takes where rows begin at multiples of 16 bytes, otherwise 1."""
     width = 16 // element_size
-    contiguous = a.b if a.k == 1 or a.kb else a.k if a.k == power_of_two(a.k) else 1
-    fits = contiguous % width == 0
+    fits = a.b % width == 0 if a.kb else a.n % width == 0 and math.lcm(a.k, width) <= tiles.bi
     return width if aligned and fits and (a.rows == 1 or a.stride % width == 0) else 1

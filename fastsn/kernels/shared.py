@@ -1,4 +1,4 @@
-"""What the kernels of power iteration and of rescaling share: powers of two, tiles of rows, who comes last."""
+"""What the kernels of power iteration and of rescaling share: powers of two, channels_last tiles, who comes last."""
 
 from __future__ import annotations
 
@@ -21,24 +21,13 @@ def exponent_of(x):
 
 
 @triton.jit
-def tile(begin, b, k, BI: tl.constexpr, KP: tl.constexpr, EXACT: tl.constexpr, KB: tl.constexpr):
-    """Channels begin..begin+BI of rows, with all K positions: (b, k of every element, which are there, where they lie).
-
-    EXACT: K is KP, known when compiling, which makes wide loads possible.
-    """
+def tile(begin, b, k, BI: tl.constexpr, KP: tl.constexpr):
+    """Channels begin..begin+BI of channels_last rows, with all positions: (b, k of every element, which are there,
+    where they lie)."""
     i = begin + tl.arange(0, BI)
     kk = tl.arange(0, KP)
-    if EXACT:
-        inside = tl.broadcast_to((i < b)[:, None], (BI, KP))
-    else:
-        inside = (i < b)[:, None] & (kk < k)[None, :]
-    if KB:
-        at = i[:, None] + kk[None, :] * b
-    elif EXACT:
-        at = i[:, None] * KP + kk[None, :]
-    else:
-        at = i[:, None] * k + kk[None, :]
-    return i, inside, at
+    inside = (i < b)[:, None] & (kk < k)[None, :]
+    return i, inside, i[:, None] + kk[None, :] * b
 
 
 @triton.jit

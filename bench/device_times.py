@@ -1,0 +1,232 @@
+"""Device time of the Triton kernels: each op of a training step in a CUDA graph, the caches cold, beside a copy.
+
+python bench/device_times.py --out OUT.json
+python bench/device_times.py --once      # each op once, between the marks that ncu --profile-from-start off waits for
+
+First the workloads as they are, then other layouts and dtypes, then every launch setting that differs from the default
+in one value, until all is done or interrupted: what has been measured is in the file at any moment. An op has with it
+what its graph copies and clears before the first kernel. Without a GPU: a small workload in Triton's interpreter, whose
+times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before Triton is imported
+
+import triton
+from machine import commit, machine
+from measure import DEVICE, Step, seconds
+from workloads import CIFAR10, WORKLOADS, Workload, build, conv2d
+
+from fastsn import ops
+from fastsn.kernels import launch, settings
+from fastsn.kernels.settings import Settings
+from interpreted import kernels
+from op_calls import call
+
+# How often the bytes of the weights cross at least, read or written; the second half of an iteration should find them
+# in the cache, and the sums that `reduce` adds up are not counted.
+OPS = {"power_iteration": 1, "rescale": 2, "rescale_backward": 4, "copy": 2}
+KERNELS = {"iterate": 1, "iterate_together": 1, "reduce": 0, "rescale": 2, "inner_products": 2, "gradient": 2}
+FLUSH = 256 << 20  # bytes, more than any cache
+REPLAYS = 20
+SMALL = Workload("2 small convs", (conv2d(4, 8, 3), conv2d(8, 6, 4)), "a rehearsal")
+CHOSEN, CANDIDATES = [SMALL], {"rows": (4, 8)}
+if DEVICE.type == "cuda":
+    CHOSEN = [w for w in WORKLOADS if w.name in (CIFAR10.name, "ImageNet ResNet", "4 Linear 4096")]
+    CANDIDATES = launch.CANDIDATES
+
+
+class Case(NamedTuple):
+    """What is measured."""
+
+    workload: Workload
+    layout: torch.memory_format = torch.contiguous_format
+    dtype: torch.dtype = torch.float32
+    setting: str = "default"
+    launched: Settings = settings.DEFAULT
+
+    def __str__(self) -> str:
+        kind = f"{str(self.layout).split('.')[-1]} {str(self.dtype).split('.')[-1]}"
+        return f"{self.workload.name}, {kind}, {self.setting}"
+
+
+def cases() -> Iterator[Case]:
+    """In the order of what is worth knowing first."""
+    yield from map(Case, CHOSEN)
+    for workload in CHOSEN:
+        yield Case(workload, setting="default, again")  # how far two measurements of one thing are apart
+        yield Case(workload, layout=torch.channels_last)
+        yield Case(workload, dtype=torch.bfloat16)
+    for workload in CHOSEN:
+        for name, values in CANDIDATES.items():
+            for value in values:
+                launched = replace(settings.DEFAULT, **{name: value})
+                if launched != settings.DEFAULT:
+                    yield Case(workload, setting=f"{name} {value}", launched=launched)
+
+
+def steps(case: Case) -> tuple[dict[str, Step], int]:
+    """The ops of a training step and a copy of as much, and how many bytes the weights have."""
+    weights = [layer.weight.detach().to(case.dtype) for layer in build(case.workload, DEVICE)]
+    weights = [w.contiguous(memory_format=case.layout) if w.ndim == 4 else w for w in weights]
+    c = call(weights, [0] * len(weights), [3 if w.ndim > 2 and w[0, 0].numel() > 1 else 1 for w in weights])
+    sigma, vectors = c.iterate(in_place=True)
+    outputs, mean = c.rescale(sigma, vectors)
+    gradients = [torch.randn_like(w) for w in weights]
+    nbytes = sum(w.nbytes for w in weights)
+    source = torch.randn(nbytes // 4)
+    target = torch.empty_like(source)
+    return {
+        "power_iteration": lambda: c.iterate(in_place=True),
+        "rescale": lambda: c.rescale(sigma, vectors),
+        "rescale_backward": lambda: ops.rescale_backward(gradients, None, outputs, [], mean, vectors, *c.numbers()),
+        "copy": lambda: target.copy_(source),
+    }, nbytes
+
+
+def on_the_gpu(chosen: dict[str, Step]) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each op, from the start of its graph to its end, and of each kernel alone."""
+    graphs = {name: _captured(step) for name, step in chosen.items()}
+    flush = torch.empty(FLUSH, dtype=torch.uint8)
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+
+    def replay() -> None:
+        for name, graph in graphs.items():
+            marks[name].append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            flush.zero_()
+            marks[name][-1][0].record()
+            graph.replay()
+            marks[name][-1][1].record()
+
+    for _ in range(REPLAYS):
+        replay()
+    torch.cuda.synchronize()
+    of_ops = {
+        name: statistics.median(start.elapsed_time(end) for start, end in found[REPLAYS // 4 :]) * 1e-3
+        for name, found in marks.items()
+    }
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(REPLAYS):
+            replay()
+        torch.cuda.synchronize()
+    return of_ops, of_kernels(profile.events())
+
+
+def by_the_clock(chosen: dict[str, Step]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of the interpreter."""
+    return {name: seconds(step) for name, step in chosen.items()}, {}
+
+
+def of_kernels(events: Iterable[Any]) -> dict[str, float]:
+    """Seconds of each kernel in a replay, all its launches together; of a profile of ``REPLAYS`` replays."""
+    found: dict[str, list[float]] = {}
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.name in KERNELS and event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.device_time * 1e-6)
+    launches = {name: len(times) // REPLAYS for name, times in found.items()}
+    return {
+        name: statistics.median(sum(times[i * n : (i + 1) * n]) for i in range(REPLAYS))
+        for (name, times), n in zip(found.items(), launches.values(), strict=True)
+    }
+
+
+def _captured(step: Step) -> torch.cuda.CUDAGraph:
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def measured(case: Case) -> list[dict[str, Any]]:
+    """A row for each op and kernel."""
+    with launched(case.launched):
+        chosen, nbytes = steps(case)
+        of_ops, kernel_times = on_the_gpu(chosen) if DEVICE.type == "cuda" else by_the_clock(chosen)
+    what = {"workload": case.workload.name, "case": str(case), "weights_MB": nbytes / 1e6}
+    return [
+        {**what, "kind": kind, "name": name, "us": t * 1e6, "GB_per_s": passes[name] * nbytes / t / 1e9}
+        for kind, passes, found in (("op", OPS, of_ops), ("kernel", KERNELS, kernel_times))
+        for name, t in found.items()
+    ]
+
+
+def launched(own: Settings) -> Any:
+    if DEVICE.type == "cpu":
+        return kernels(replace(own, tile=256, chunk=256, step=128))
+    settings.use(own, torch.zeros(()).device)
+    return nullcontext()
+
+
+def once() -> None:
+    """Every op of every workload, launched by itself: ncu does not look into graphs."""
+    for case in map(Case, CHOSEN):
+        with launched(case.launched):
+            chosen, _ = steps(case)
+            for step in chosen.values():
+                step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+            for step in chosen.values():
+                step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+        print(case, flush=True)
+
+
+def measure_all(out: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for case in cases():
+        try:
+            found = measured(case)
+        except (RuntimeError, triton.TritonError) as error:
+            if case.launched == settings.DEFAULT:
+                raise
+            found = []  # too many registers, too much shared memory
+            print(f"{case}: cannot be launched here: {str(error)[:200]}", flush=True)
+        rows += [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in found]
+        result = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+        whole = out.with_suffix(".part")
+        whole.write_text(json.dumps({**result, "results": {"device_times": rows}}, indent=1) + "\n")
+        whole.replace(out)
+        if found:
+            said = [f"{x['name']} {x['us']:.1f} µs {x['GB_per_s']:.0f} GB/s" for x in found]
+            print(f"{case}: {', '.join(said)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("device_times.json"))
+    parser.add_argument("--once", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    with torch.no_grad():
+        if arguments.once:
+            once()
+        else:
+            measure_all(arguments.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what has been measured is in the file")

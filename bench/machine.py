@@ -1,0 +1,40 @@
+"""What every result file says of the machine and of the code, and no more: no host name, no path."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastsn
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ":")
+    backend = fastsn.backends()["cpp"]
+    found = {
+        "cpu": cpu.split(":")[1].strip(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastsn": backend.detail if backend.available else "no C++ kernels",  # the reason may hold a path
+    }
+    if torch.cuda.is_available():
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver": torch._C._cuda_getDriverVersion(),
+            "triton": fastsn.backends()["triton"].detail,
+        }
+    return found
+
+
+def commit() -> str:
+    """As FASTSN_COMMIT says, for machines without git: ``git describe --always --dirty``; empty where it is not set."""
+    return os.environ.get("FASTSN_COMMIT", "")
