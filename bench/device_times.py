@@ -44,7 +44,7 @@ KERNELS = {"iterate": 1, "iterate_together": 1, "reduce": 0, "rescale": 2, "inne
 FLUSH = 256 << 20  # bytes, more than any cache
 REPLAYS = 20
 SMALL = Workload("2 small convs", (conv2d(4, 8, 3), conv2d(8, 6, 4)), "a rehearsal")
-CHOSEN, CANDIDATES = [SMALL], {"rows": (4, 8)}
+CHOSEN, CANDIDATES = [SMALL], launch.CANDIDATES[:1]
 if DEVICE.type == "cuda":
     CHOSEN = [w for w in WORKLOADS if w.name in (CIFAR10.name, "ImageNet ResNet", "4 Linear 4096")]
     CANDIDATES = launch.CANDIDATES
@@ -72,11 +72,10 @@ def cases() -> Iterator[Case]:
         yield Case(workload, layout=torch.channels_last)
         yield Case(workload, dtype=torch.bfloat16)
     for workload in CHOSEN:
-        for name, values in CANDIDATES.items():
-            for value in values:
-                launched = replace(settings.DEFAULT, **{name: value})
-                if launched != settings.DEFAULT:
-                    yield Case(workload, setting=f"{name} {value}", launched=launched)
+        for changes in CANDIDATES:
+            said = ", ".join(f"{name} {value}" for name, value in changes.items())
+            yield Case(workload, setting=said, launched=replace(settings.DEFAULT, **changes))
+
 
 
 def steps(case: Case) -> tuple[dict[str, Step], int]:

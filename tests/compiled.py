@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 
 from fastsn.kernels import power_iteration, rescale
 from fastsn.kernels.arrangement import arrangement
-from fastsn.kernels.settings import DEFAULT, REGISTERS, vector_width
+from fastsn.kernels.settings import DEFAULT, vector_width
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -37,24 +38,31 @@ NUMBERS = ("first", "store", "rounds", "has_grad_sigma", "layers", "scales")
 F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 
 
-def shape_of(shape: tuple[int, ...], dtype: Any, aligned: bool = True, channels_last: bool = False) -> tuple[Any, ...]:
-    """(BO, BI, KP, exact, KB, elements of a wide load) of a weight, by the default settings."""
+def shape_of(
+    shape: tuple[int, ...], dtype: Any, aligned: bool = True, channels_last: bool = False
+) -> Callable[[int], tuple[Any, ...]]:
+    """The kind of a weight's tiles of so many elements, by the default settings."""
     order = torch.channels_last if channels_last else torch.contiguous_format
     like = torch.empty(shape, device="meta", memory_format=order)
     a = arrangement(shape, like.stride(), 0)
     assert a is not None
-    t = DEFAULT.tiles(a)
-    return t.kind(vector_width(a, dtype.primitive_bitwidth // 8, aligned, t))
+
+    def kind(tile: int) -> tuple[Any, ...]:
+        t = DEFAULT.tiles(a, tile)
+        return t.kind(vector_width(a, dtype.primitive_bitwidth // 8, aligned, t))
+
+    return kind
 
 
-def weights(aligned: bool) -> dict[str, tuple[Any, ...]]:
-    """Weights by name: (shape of the tiles, dtype, whether there is a class matrix)."""
+def weights(aligned: bool) -> dict[str, tuple[Callable[[int], tuple[Any, ...]], Any, bool]]:
+    """Weights by name: (their tiles, dtype, whether there is a class matrix)."""
     if not aligned:
         shapes = {"3x3": (512, 256, 3, 3), "41": (1024, 64, 41)}
         found = {name: (shape_of(shape, F32, False), F32, True) for name, shape in shapes.items()}
         return {**found, "4x4": (shape_of((256, 256, 4, 4), F16, False), F16, True)}
     return {
         "3x3": (shape_of((512, 256, 3, 3), F32), F32, True),
+        "3x3 of many rows": (shape_of((4096, 256, 3, 3), F32), F32, True),
         "4x4": (shape_of((256, 256, 4, 4), F32), F32, True),
         "4x4 bfloat16": (shape_of((256, 256, 4, 4), BF16), BF16, True),
         "3x3 channels_last": (shape_of((512, 256, 3, 3), F32, channels_last=True), F32, True),
@@ -70,14 +78,15 @@ def programs() -> dict[str, tuple[Any, dict[str, Any]]]:
     finish = {"FINISH": DEFAULT.finish}
     for aligned, word in ((True, "wide"), (False, "narrow")):
         all_weights = weights(aligned)
-        for name, (shape, dtype, q) in all_weights.items():
+        tiles = {name: (kind(DEFAULT.tile), dtype, q) for name, (kind, dtype, q) in all_weights.items()}
+        for name, (shape, dtype, q) in tiles.items():
             kinds = ((0, True, q, *shape, dtype),)
             found[f"iterate {name} {word}"] = (power_iteration.iterate, {"KINDS": kinds, **finish})
-        shape, dtype, q = all_weights["4x4"]
+        shape, dtype, q = tiles["4x4"]
         for mode, number in list(modes.items())[1:]:
             kinds = ((number, True, q, *shape, dtype),)
             found[f"iterate {mode} {word}"] = (power_iteration.iterate, {"KINDS": kinds, **finish})
-        network = tuple((0, True, q, *shape, dtype) for shape, dtype, q in all_weights.values())[-3:]
+        network = tuple((0, True, q, *shape, dtype) for shape, dtype, q in tiles.values())[-3:]
         found[f"iterate network {word}"] = (power_iteration.iterate, {"KINDS": network, **finish})
         found[f"iterate_together {word}"] = (
             power_iteration.iterate_together,
@@ -88,8 +97,8 @@ def programs() -> dict[str, tuple[Any, dict[str, Any]]]:
             kinds = ((False, width if aligned else 1, dtype, dtype),)
             found[f"rescale {dtype} {word}"] = (rescale.rescale, {"KINDS": kinds, **sizes})
             found[f"inner_products {dtype} {word}"] = (rescale.inner_products, {"KINDS": kinds, **sizes, "BC": 1024})
-        for name, (shape, dtype, q) in all_weights.items():
-            kinds = ((True, q, *shape, dtype, dtype),)
+        for name, (kind, dtype, q) in all_weights.items():
+            kinds = ((True, q, *kind(DEFAULT.step), dtype, dtype),)
             found[f"gradient {name} {word}"] = (rescale.gradient, {"KINDS": kinds, "BL": 128})
     kinds = ((True, 1, F32, F32),)
     found["rescale strided"] = (rescale.rescale, {"KINDS": kinds, **sizes})
@@ -104,12 +113,12 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     signature = {name: "i32" if name in NUMBERS else POINTERS.get(name, "*fp32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*"}
     signature |= dict.fromkeys(constants, "constexpr")
-    options: dict[str, Any] = {"num_warps": DEFAULT.warps}
-    if kernel is power_iteration.iterate and target.backend == "cuda":
+    iteration = kernel in (power_iteration.iterate, power_iteration.reduce, power_iteration.iterate_together)
+    options = DEFAULT.options(DEFAULT.warps if iteration else DEFAULT.rescale_warps)
+    if kernel in (power_iteration.iterate, power_iteration.iterate_together) and target.backend == "cuda":
         options |= {"maxnreg": DEFAULT.registers}
     if "PHASES" in constants:
-        options = {"num_warps": DEFAULT.together_warps, "launch_cooperative_grid": True}
-        options |= {"maxnreg": REGISTERS["iterate_together"]} if target.backend == "cuda" else {}
+        options |= {"launch_cooperative_grid": True}
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
 
 

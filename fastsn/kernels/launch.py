@@ -20,17 +20,19 @@ from fastsn.kernels.plan import Run
 from fastsn.kernels.settings import Settings
 
 # What is tried, one after the other, each from the best so far.
-CANDIDATES: dict[str, tuple[Any, ...]] = {
-    "rows": (4, 8, 16, 32),
-    "tile": (1024, 2048, 4096),
-    "warps": (2, 4, 8),
-    "registers": (128, 255),
-    "last_tiles": (0, 16, 64, 1 << 30),
-    "group": (8, 16),
-    "columns": (128, 256),
-    "chunk": (4096, 8192, 16384),
-    "together": (False, True),
-}
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    *({"warps": warps, "tile": 512 * warps} for warps in (4, 8)),
+    *({"warps": 32, "tile": tile, "registers": 64} for tile in (8192, 16384)),
+    *({"tile": tile} for tile in (4096, 16384)),
+    *({"rows": rows} for rows in (4, 16, 32)),
+    *({"near": near} for near in (40 << 10, 1 << 30)),
+    *({"last_tiles": tiles} for tiles in (0, 64, 1 << 30)),
+    *({"group": group, "columns": columns} for group, columns in ((8, 256), (16, 128), (32, 128), (64, 128))),
+    *({"vector": vector} for vector in (2048, 8192)),
+    *({"rescale_warps": warps, "step": 512 * warps} for warps in (2, 8)),
+    *({"chunk": chunk} for chunk in (4096, 16384)),
+    {"together": True},
+)
 
 
 # Of an op's arguments, what it is prepared for.
@@ -75,12 +77,11 @@ def tune(weights: Sequence[Tensor] | None = None, measure: Callable[[Settings], 
     try:
         best = settings.DEFAULT
         fastest = measure(best)
-        for name, values in CANDIDATES.items():
-            for value in values:
-                tried = replace(best, **{name: value})
-                found = math.inf if tried == best else _measured(measure, tried)
-                if found < fastest:
-                    best, fastest = tried, found
+        for changes in CANDIDATES:
+            tried = replace(best, **changes)
+            found = _measured(measure, tried)
+            if found < fastest:
+                best, fastest = tried, found
     finally:
         settings.use(before, device)
     settings.store(best, device)

@@ -186,7 +186,7 @@ class _Forward(_Plan):
         mean = torch.empty(len(weights), dtype=torch.float32, device=device)
         kernels.rescale[(self.programs,)](
             table, self.work.here(), sigma.contiguous(), mean,
-            KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, **settings.options(),
+            KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, **settings.options(settings.rescale_warps),
         )  # fmt: skip
         return results, mean
 
@@ -219,7 +219,7 @@ class _Backward(_Plan):
             for chunk in range(self.chunks(i)):
                 products.add(i, chunk, number)
         for i in reversed(order):  # backwards: what was read last is still in the cache
-            g, t = gradients[i], settings.tiles(weights[i].arrangement)
+            g, t = gradients[i], settings.tiles(weights[i].arrangement, settings.step)
             a, (p, q) = g.arrangement, self._views(i)
             itemsize = DTYPES[numbers.dtypes[i]].itemsize
             wide = min(g.vector_width(t), vector_width(a._replace(stride=a.n), itemsize, True, t))
@@ -286,11 +286,11 @@ class _Backward(_Plan):
         kernels.inner_products[(many_products,)](
             table, products.here(), sigma, given, int(grad_sigma is not None), dots, coefficients,
             memory.counters(len(bases), device),
-            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **settings.options(),
+            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **settings.options(settings.rescale_warps),
         )  # fmt: skip
         kernels.gradient[(many_blocks,)](
             table, blocks.here(), coefficients, vectors, len(bases), self.scales,
-            KINDS=block_kinds, BL=_SCALED, **settings.options(),
+            KINDS=block_kinds, BL=_SCALED, **settings.options(settings.rescale_warps),
         )  # fmt: skip
         return results, d_scales
 

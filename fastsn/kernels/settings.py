@@ -53,71 +53,90 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of tiles and of programs. Registers per thread were read from programs compiled for sm_90."""
+    """Sizes of tiles and of programs. Registers per thread were read from programs compiled for sm_90.
 
-    # Elements of a tile of the iteration and of the gradient: 16 floats per thread and accumulator with 4 warps, which
-    # with two accumulators and the weight stays below the 128 registers that let 4 programs share a multiprocessor.
-    tile: int = 2048
-    # Rows of a block: each block writes sums of the length of a row (two for BSSN), so W/8 more traffic, nearly all in
-    # the L2 cache. Fewer rows make more programs, which a small network needs to fill a GPU.
+    Iteration: a multiprocessor of an H100 needs some 18 KB under way to read at the speed of memory (3.35 TB/s of 132
+    multiprocessors, 0.7 µs of latency), whatever its programs are. One program of 16 warps has 32 KB under way in four
+    loads of 16 bytes per thread, and so have four of 4 warps; but its block of rows may be four times as large where
+    those of all programs have to stay in the L2 cache, it goes through a row in a quarter of the steps where there are
+    few programs, and what comes last takes a quarter of the trips.
+    """
+
+    # Elements of a tile of the iteration: 16 floats per thread and accumulator, which with two accumulators and the
+    # weight stays within the 128 registers that 512 threads of a multiprocessor can have each.
+    tile: int = 8192
+    warps: int = 16
+    # Registers per thread that an iteration may have: without a bound, ptxas sometimes takes 96 and spills.
+    registers: int = 128
+    # Rows of a block: each block writes sums of the length of a row (two for BSSN), so 2/8 of W is written and read
+    # again. Fewer rows make more programs, which a small network needs to fill a GPU.
     rows: int = 8
-    # Rows of a block where there are more than enough: from this many blocks of one weight on, four times the rows.
-    many_blocks: int = 512
+    # More rows, up to four times as many, as long as a weight has this many blocks: one for each multiprocessor.
+    many_blocks: int = 128
+    # Elements of the rows that the programs of a multiprocessor may hold, for which the second half of an iteration
+    # comes back: 132 times 80 Ki floats are 43 MB of an H100's 50 MB of L2, 108 times as much 35 of an A100's 40.
+    # 4096 columns: blocks of 16 rows. 1024 x 3 x 3: of 8. Beyond that, fewer rows.
+    near: int = 80 << 10
     # The last program of a weight adds up its blocks' sums, tile by tile, unless it has more tiles than this to go
     # through: then a second launch does. A tile waits for the L2 cache once, some 0.3 µs; a launch costs about 3.
     last_tiles: int = 16
-    # Blocks that are added at a time, and of how many columns. 64 blocks of 32 columns would take one trip to the L2
-    # cache where these take 8, and on sm_80 ptxas then spills 80 bytes of every iteration (Triton 3.8).
-    group: int = 8
+    # Blocks that are added at a time, and of how many columns: 16 floats per thread. 128 blocks take 4 trips to L2.
+    group: int = 32
     columns: int = 256
-    vector: int = 1024  # elements of a vector that are normalised at a time
-    # Elements that a program of the elementwise kernels goes through, in steps of a tile.
+    vector: int = 4096  # elements of a vector that are normalised at a time: 8 per thread, in float64 where multiplied
+    # Elements that a program of the kernels of rescaling goes through, in steps of a tile: 16 per thread.
     chunk: int = 8192
     step: int = 2048
-    warps: int = 4
-    # Registers per thread that an iteration may have: without a bound, ptxas sometimes takes 96 and spills.
-    registers: int = 128
+    rescale_warps: int = 4
     # All phases of an iteration in one cooperative launch, with barriers of the whole grid between them, instead of one
     # launch for each. Off until a measurement says for which sizes it wins. Rescaling remains a launch: it is another
     # op (one that moves u and v cannot return a list), and a barrier of the grid waits as long as a launch in a graph.
     together: bool = False
-    together_warps: int = 8  # of one program per multiprocessor
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is not type(getattr(type(self), name)):
                 raise ValueError(f"{name} must be of type {type(getattr(type(self), name)).__name__}, got {value!r}")
-            if name not in ("together", "last_tiles", "many_blocks", "registers") and (
+            if name not in ("together", "last_tiles", "many_blocks", "registers", "near") and (
                 value < 1 or value != power_of_two(value)
             ):
                 raise ValueError(f"{name} must be a power of two, got {value}")
         if not 32 <= self.registers <= 255:
             raise ValueError(f"registers must be from 32 to 255, got {self.registers}")
-        for name in ("last_tiles", "many_blocks"):
+        for name in ("last_tiles", "many_blocks", "near"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.chunk < self.step:
             raise ValueError(f"step must be at most chunk, {self.chunk}, got {self.step}")
 
-    def options(self, warps: int | None = None) -> dict[str, Any]:
+    def options(self, warps: int) -> dict[str, Any]:
         """Of every launch. Fused multiply-add is asked for: Triton 3.10 no longer uses it by default."""
-        return {"num_warps": warps or self.warps, "enable_fp_fusion": True}
+        return {"num_warps": warps, "enable_fp_fusion": True}
 
     @property
     def finish(self) -> tuple[int, int, int]:
         """The tile sizes of the part that adds up and normalises."""
         return self.group, self.columns, self.vector
 
-    def tiles(self, a: Arrangement) -> Tiles:
-        """The tile for a weight: the rows that are set, fewer where there are fewer or where K is large."""
+    def tiles(self, a: Arrangement, tile: int) -> Tiles:
+        """The tile of that many elements for a weight, and its blocks of rows."""
         kp = power_of_two(a.k)
-        rows = self.rows * (4 if a.rows > self.many_blocks * self.rows else 1)
-        bo = min(rows, power_of_two(a.rows), max(self.tile // kp, 1))
+        bo = min(self.block(a), power_of_two(a.rows), max(tile // kp, 1))
         if a.kb:
-            bi = max(1, min(self.tile // (bo * kp), power_of_two(a.b)))
+            bi = max(1, min(tile // (bo * kp), power_of_two(a.b)))
         else:
-            bi = max(kp, min(self.tile // bo, power_of_two(a.n)))
+            bi = max(kp, min(tile // bo, power_of_two(a.n)))
         return Tiles(bo, bi, a.k, kp, a.kb, -(-a.rows // bo))
+
+    def block(self, a: Arrangement) -> int:
+        """Rows of a block: those that are set, more where there are many, fewer where they are too long to stay near."""
+        most = max(self.near * self.warps // 16 // a.n, 1)  # 16 warps of 128 registers fill a multiprocessor
+        bo = self.rows
+        while bo > most:
+            bo //= 2
+        while bo < 4 * self.rows and 2 * bo <= most and a.rows >= self.many_blocks * 2 * bo:
+            bo *= 2
+        return bo
 
     def finished_apart(self, a: Arrangement, blocks: int) -> bool:
         """Whether a second launch adds up the blocks' sums."""
@@ -128,12 +147,12 @@ class Settings:
 DEFAULT = Settings()
 
 # Registers per thread that no kernel may exceed with the default settings, on any GPU it is compiled for in the tests.
-# 128 let 4 programs of 4 warps share a multiprocessor; a cooperative program has one to itself. "strided" are the
-# elementwise kernels of weights with gaps between their rows: rare, and they divide.
+# A multiprocessor has 128 for each of 16 warps. "strided" are the elementwise kernels of weights with gaps between their
+# rows: rare, and they divide.
 REGISTERS = {
     "iterate": 128,
     "reduce": 128,
-    "iterate_together": 255,
+    "iterate_together": 128,
     "rescale": 96,
     "inner_products": 128,
     "gradient": 128,
