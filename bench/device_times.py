@@ -77,7 +77,6 @@ def cases() -> Iterator[Case]:
             yield Case(workload, setting=said, launched=replace(settings.DEFAULT, **changes))
 
 
-
 def steps(case: Case) -> tuple[dict[str, Step], int]:
     """The ops of a training step and a copy of as much, and how many bytes the weights have."""
     weights = [layer.weight.detach().to(case.dtype) for layer in build(case.workload, DEVICE)]
@@ -167,7 +166,7 @@ def measured(case: Case) -> list[dict[str, Any]]:
 
 def launched(own: Settings) -> Any:
     if DEVICE.type == "cpu":
-        return kernels(replace(own, tile=256, chunk=256, step=128))
+        return kernels(replace(own, elements=32, warps=8, chunk=256))
     settings.use(own, torch.zeros(()).device)
     return nullcontext()
 

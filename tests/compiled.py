@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 def shape_of(
     shape: tuple[int, ...], dtype: Any, aligned: bool = True, channels_last: bool = False
 ) -> Callable[[int], tuple[Any, ...]]:
-    """The kind of a weight's tiles of so many elements, by the default settings."""
+    """The kind of a weight's tiles of at most so many elements, by the default settings."""
     order = torch.channels_last if channels_last else torch.contiguous_format
     like = torch.empty(shape, device="meta", memory_format=order)
     a = arrangement(shape, like.stride(), 0)
@@ -75,7 +76,7 @@ def programs() -> dict[str, tuple[Any, dict[str, Any]]]:
     """(kernel, its constants) by name. "wide": every read of a weight is one of 16 bytes; "narrow": none is."""
     modes = {"iterate": 0, "first half": 1, "second half": 2, "measure": 3}
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
-    finish = {"FINISH": DEFAULT.finish}
+    finish = {"FINISH": DEFAULT.finish(DEFAULT.warps)}
     for aligned, word in ((True, "wide"), (False, "narrow")):
         all_weights = weights(aligned)
         tiles = {name: (kind(DEFAULT.tile), dtype, q) for name, (kind, dtype, q) in all_weights.items()}
@@ -86,12 +87,14 @@ def programs() -> dict[str, tuple[Any, dict[str, Any]]]:
         for mode, number in list(modes.items())[1:]:
             kinds = ((number, True, q, *shape, dtype),)
             found[f"iterate {mode} {word}"] = (power_iteration.iterate, {"KINDS": kinds, **finish})
-        network = tuple((0, True, q, *shape, dtype) for shape, dtype, q in tiles.values())[-3:]
-        found[f"iterate network {word}"] = (power_iteration.iterate, {"KINDS": network, **finish})
-        found[f"iterate_together {word}"] = (
-            power_iteration.iterate_together,
-            {"KINDS": network, "PHASES": 2, **finish},
-        )
+        together = replace(DEFAULT, together=True)
+        for kernel, own, warps, phases in (
+            (power_iteration.iterate, DEFAULT, DEFAULT.warps, {}),
+            (power_iteration.iterate_together, together, together.together_warps, {"PHASES": 2}),
+        ):
+            kinds = tuple((0, True, q, *kind(own.tile), dtype) for kind, dtype, q in all_weights.values())[-3:]
+            constants = {"KINDS": kinds, **phases, "FINISH": own.finish(warps)}
+            found[f"{kernel.__name__} network {word}"] = (kernel, constants)
         sizes = {"CHUNK": DEFAULT.chunk, "STEP": DEFAULT.step}
         for dtype, width in ((F32, 4), (BF16, 8)):
             kinds = ((False, width if aligned else 1, dtype, dtype),)
@@ -113,17 +116,19 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     signature = {name: "i32" if name in NUMBERS else POINTERS.get(name, "*fp32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*"}
     signature |= dict.fromkeys(constants, "constexpr")
-    iteration = kernel in (power_iteration.iterate, power_iteration.reduce, power_iteration.iterate_together)
-    options = DEFAULT.options(DEFAULT.warps if iteration else DEFAULT.rescale_warps)
-    if kernel in (power_iteration.iterate, power_iteration.iterate_together) and target.backend == "cuda":
-        options |= {"maxnreg": DEFAULT.registers}
-    if "PHASES" in constants:
-        options |= {"launch_cooperative_grid": True}
+    warps, registers, others = {
+        "iterate": (DEFAULT.warps, DEFAULT.registers, {}),
+        "reduce": (DEFAULT.warps, None, {}),
+        "iterate_together": (DEFAULT.together_warps, 255, {"launch_cooperative_grid": True}),
+    }.get(kernel.__name__, (DEFAULT.rescale_warps, None, {}))
+    options = {**DEFAULT.options(warps), **others}
+    if registers and target.backend == "cuda":
+        options |= {"maxnreg": registers}
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
 
 
 def needs(binary: Any, target: GPUTarget) -> dict[str, Any]:
-    """Registers per thread, bytes that went to memory for want of them, loads of 16 bytes in the PTX, and, of the whole
+    """Registers per thread, what went to memory for want of them, loads of 16 bytes in the PTX, and, of the whole
     program and of each of its loops over tiles, what ``counted`` counts."""
     if target.backend == "hip":
         text = binary.asm["amdgcn"]
@@ -136,11 +141,12 @@ def needs(binary: Any, target: GPUTarget) -> dict[str, Any]:
             subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    registers = int(re.search(r"\bREG:(\d+)", text)[1])
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4", binary.asm["ptx"]))
     instructions, loops = disassembled(code)
     over_tiles = [found for found in map(counted, loops) if found["loads of 16 bytes"]]
-    found = {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "wide": wide}
+    spilled = sum(x.startswith(("STL", "LDL")) for x in instructions)  # a stack may be there and never be used
+    found = {"registers": registers, "spilled": spilled, "wide": wide}
     return {**found, "program": counted(instructions), "loops": over_tiles}
 
 
@@ -175,4 +181,5 @@ def counted(instructions: list[str]) -> dict[str, int]:
 
 if __name__ == "__main__":
     target = TARGETS[sys.argv[1]]
-    print(json.dumps({name: needs(compiled(*program, target), target) for name, program in programs().items()}))
+    kernels = {name: needs(compiled(*program, target), target) for name, program in programs().items()}
+    print(json.dumps({"triton": triton.__version__, "kernels": kernels}))

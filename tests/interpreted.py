@@ -14,7 +14,16 @@ from fastsn.kernels import settings
 
 # Tiles so small that weights of a test have several blocks, columns, chunks and groups.
 SMALL = settings.Settings(
-    tile=256, rows=4, many_blocks=8, last_tiles=6, group=2, columns=32, vector=64, chunk=256, step=128
+    elements=32,
+    warps=8,
+    together_elements=32,
+    rows=4,
+    many_blocks=8,
+    last_tiles=6,
+    group=2,
+    columns=32,
+    vector=64,
+    chunk=256,
 )
 
 

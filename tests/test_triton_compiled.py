@@ -37,7 +37,7 @@ def needs() -> dict[str, dict[str, dict[str, int]]]:
         for target, process in running.items():
             out, _ = process.communicate()
             assert process.returncode == 0, target
-            found[target] = json.loads(out)
+            found[target] = json.loads(out)["kernels"]
     return found
 
 
@@ -58,15 +58,16 @@ def test_loads_are_of_16_bytes_where_the_weight_is_aligned_and_only_there(needs,
             assert found["wide"] == 0, name
 
 
-# Of a thread, per loop over tiles of 2048 elements, the larger number of Triton 3.6 and 3.8, rounded up: instructions,
-# shuffles, barriers. The two halves of an iteration, and the gradient.
+# Of a thread, per loop over tiles of 16 floats for each, the larger number of Triton 3.6 and 3.9, rounded up:
+# instructions, shuffles, barriers. The two halves of an iteration, and the gradient.
 LOOPS = {
-    "iterate 3x3 wide": ((100, 0, 4), (220, 24, 14)),
+    "iterate 3x3 wide": ((100, 0, 4), (210, 24, 14)),
+    "iterate 3x3 of many rows wide": ((100, 0, 0), (200, 28, 14)),
     "iterate 4x4 wide": ((100, 0, 4), (150, 10, 12)),
-    "iterate 3x3 channels_last wide": ((105, 0, 2), (330, 98, 14)),
+    "iterate 3x3 channels_last wide": ((100, 0, 4), (170, 24, 16)),
     "gradient 3x3 wide": ((210, 0, 6),),
     "gradient 4x4 wide": ((145, 0, 4),),
-    "gradient 3x3 channels_last wide": ((160, 0, 2),),
+    "gradient 3x3 channels_last wide": ((200, 0, 6),),
 }
 
 
@@ -75,7 +76,7 @@ def test_loops_over_tiles_stay_short_and_read_four_floats_at_a_time(needs, name)
     loops = needs["sm90"][name]["loops"]
     assert len(loops) == len(LOOPS[name])
     for found, bounds in zip(loops, LOOPS[name], strict=True):
-        assert found["loads of 16 bytes"] == 2048 // (32 * 4 * 4)  # all of the weight's elements: 16 of each thread
+        assert found["loads of 16 bytes"] == 16 // 4  # all of the weight's elements
         measured = found["instructions"], found["shuffles"], found["barriers"]
         assert all(number <= bound for number, bound in zip(measured, bounds, strict=True)), (measured, bounds)
 

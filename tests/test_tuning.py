@@ -33,7 +33,7 @@ def cost(tried: Settings) -> float:
 
 def test_the_best_is_kept_and_in_force(gpu):
     best = launch.tune(measure=cost)
-    assert best == replace(DEFAULT, rows=16, warps=4, tile=2048, together=True)
+    assert best == replace(DEFAULT, rows=16, warps=4, together=True)
     assert settings.current(GPU) == best
     assert json.loads(gpu.read_text()) == asdict(best)
     settings._known.clear()  # as another process would
@@ -55,7 +55,17 @@ def test_a_file_that_cannot_be_used_is_said_to_be_and_left_out(gpu, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("rows", 0), ("tile", 100), ("warps", 2.0), ("last_tiles", -1), ("near", -1), ("registers", 256), ("step", 3)]
+    ("name", "value"),
+    [
+        ("rows", 0),
+        ("elements", 100),
+        ("warps", 2.0),
+        ("last_tiles", -1),
+        ("near", -1),
+        ("registers", 256),
+        ("rescale_warps", 3),
+        ("chunk", 1024),
+    ],
 )
 def test_settings_that_no_kernel_can_have(name, value):
     with pytest.raises(ValueError, match=name):

@@ -15,7 +15,7 @@ from fastsn.kernels import power_iteration as kernels
 from fastsn.kernels.arrangement import arranged
 from fastsn.kernels.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
 from fastsn.kernels.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
-from fastsn.kernels.settings import Settings, current
+from fastsn.kernels.settings import REGISTERS, Settings, current
 
 _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
 
@@ -62,6 +62,7 @@ class Plan:
     ) -> None:
         self.device, self.weights, self.views, self.settings = device, weights, views, settings
         self.tables = memory.Tables()
+        self.warps = settings.together_warps if settings.together else settings.warps
         self.tiles = [settings.tiles(w.arrangement, settings.tile) for w in weights]
         self.vectors = self.scratch = self.sigmas = 0
         self.places = [self._place(i) for i in range(len(weights))]
@@ -149,8 +150,8 @@ class Plan:
                 by_rows = phase.work[2] >= 0
                 kernel = kernels.iterate if by_rows else kernels.reduce
                 extra = {"KINDS": self.kinds, **self._at_most(self.settings.registers)} if by_rows else {}
-                options = self.settings.options(self.settings.warps)
-                kernel[(phase.programs,)](*arguments, **extra, FINISH=self.settings.finish, **options)
+                options = self.settings.options(self.warps)
+                kernel[(phase.programs,)](*arguments, **extra, FINISH=self.settings.finish(self.warps), **options)
         return sigma, vectors
 
     def _launch_together(self, table: Tensor, shared: tuple[Tensor, ...], rounds: int, keep: int) -> None:
@@ -164,8 +165,8 @@ class Plan:
         barrier = memory.barrier(programs, device)
         kernels.iterate_together[(programs,)](
             table, self.together.here(), self.ends.here(), *shared, barrier, rounds, keep,
-            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish, launch_cooperative_grid=True,
-            **settings.options(settings.warps), **self._at_most(settings.registers),
+            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish(self.warps), launch_cooperative_grid=True,
+            **settings.options(self.warps), **self._at_most(REGISTERS["iterate_together"]),
         )  # fmt: skip
 
     def _at_most(self, registers: int) -> dict[str, int]:

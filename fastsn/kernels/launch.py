@@ -21,15 +21,15 @@ from fastsn.kernels.settings import Settings
 
 # What is tried, one after the other, each from the best so far.
 CANDIDATES: tuple[dict[str, Any], ...] = (
-    *({"warps": warps, "tile": 512 * warps} for warps in (4, 8)),
-    *({"warps": 32, "tile": tile, "registers": 64} for tile in (8192, 16384)),
-    *({"tile": tile} for tile in (4096, 16384)),
+    *({"warps": warps} for warps in (4, 8)),
+    *({"warps": 32, "registers": 64, "elements": elements} for elements in (256, 512)),
+    *({"elements": elements} for elements in (256, 1024)),
     *({"rows": rows} for rows in (4, 16, 32)),
     *({"near": near} for near in (40 << 10, 1 << 30)),
     *({"last_tiles": tiles} for tiles in (0, 64, 1 << 30)),
     *({"group": group, "columns": columns} for group, columns in ((8, 256), (16, 128), (32, 128), (64, 128))),
     *({"vector": vector} for vector in (2048, 8192)),
-    *({"rescale_warps": warps, "step": 512 * warps} for warps in (2, 8)),
+    *({"rescale_warps": warps} for warps in (2, 8)),
     *({"chunk": chunk} for chunk in (4096, 16384)),
     {"together": True},
 )

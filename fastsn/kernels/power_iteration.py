@@ -88,10 +88,9 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
 
     o = block * BO + tl.arange(0, BO)
     in_rows = o < rows
-    # The positions of q: in every lane that of its elements, or one after the other.
-    kk = tl.arange(0, KP if KB else BI)
-    if not KB:
-        kk = kk % K_
+    LANES: tl.constexpr = KP * BI if KB else BI
+    lane = tl.arange(0, LANES)
+    kk = lane // BI if KB else lane % K_
     in_q = in_rows[:, None] & (kk < k)[None, :]
     starts = weight + o.to(tl.int64) * stride
 
@@ -107,7 +106,7 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
             tl.store(p_raw + o, p, mask=in_rows)
     else:
         p = tl.zeros((BO,), tl.float32)
-        q = tl.zeros((BO, KP if KB else BI), tl.float32)
+        q = tl.zeros((BO, LANES), tl.float32)
 
     if MODE == FUSED or MODE == ACCUMULATE:
         if P:

@@ -215,9 +215,8 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
             b = (b // VEC) * VEC
     out = tl.multiple_of(tl.load(row + RESULT).to(tl.pointer_type(OUT)), 16)
     o = block * BO + tl.arange(0, BO)
-    # The positions of q: in every lane that of its elements, or one after the other.
-    lane = tl.arange(0, BI)
-    kk = tl.arange(0, KP) if KB else lane % K_
+    lane = tl.arange(0, KP * BI if KB else BI)
+    kk = lane // BI if KB else lane % K_
     in_rows = o < rows
     from_rows = gradient + o.to(tl.int64) * stride
     to_rows = out + o.to(tl.int64) * n
@@ -234,13 +233,13 @@ def _gradient_rows(row, block, flat, alpha, along, KINDS: tl.constexpr, NUMBER: 
     if KB:
         for begin in range(0, b, BI):
             i, inside, at = tile(begin, b, k, BI, KP)
-            mask = in_rows[:, None, None] & inside[None, :, :]
-            g = alpha * tl.load(from_rows[:, None, None] + at[None, :, :], mask=mask, other=0.0).to(tl.float32)
+            mask = in_rows[:, None] & inside[None, :]
+            g = alpha * tl.load(from_rows[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
             if P:
-                g += p[:, None, None] * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]
+                g += p[:, None] * tl.load(x + i * k + kk, mask=inside, other=0.0)[None, :]
             if Q:
-                g += q[:, None, :] * tl.load(z + i, mask=i < b, other=0.0)[None, :, None]
-            tl.store(to_rows[:, None, None] + at[None, :, :], g.to(out.dtype.element_ty), mask=mask)
+                g += q * tl.load(z + i, mask=inside, other=0.0)[None, :]
+            tl.store(to_rows[:, None] + at[None, :], g.to(out.dtype.element_ty), mask=mask)
     else:
         for begin in range(0, n, USED):
             at = begin + lane

@@ -271,6 +271,7 @@ class _Backward(_Plan):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Launch."""
         device, settings = self.device, self.settings
+        options = settings.options(settings.rescale_warps)
         memory.keep(self, device)
         scales = [scale.to(device, torch.float32) for scale in scales]
         results, d_scales = self.results(bases), [torch.empty_like(scale) for scale in scales]
@@ -286,11 +287,11 @@ class _Backward(_Plan):
         kernels.inner_products[(many_products,)](
             table, products.here(), sigma, given, int(grad_sigma is not None), dots, coefficients,
             memory.counters(len(bases), device),
-            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **settings.options(settings.rescale_warps),
+            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **options,
         )  # fmt: skip
         kernels.gradient[(many_blocks,)](
             table, blocks.here(), coefficients, vectors, len(bases), self.scales,
-            KINDS=block_kinds, BL=_SCALED, **settings.options(settings.rescale_warps),
+            KINDS=block_kinds, BL=_SCALED, **options,
         )  # fmt: skip
         return results, d_scales
 

@@ -5,7 +5,8 @@ USED elements, so that a lane keeps its position k, and what belongs to it, thro
 any K. Positions come together once per program, channels once per tile. Where K is no power of two, lanes find each
 other by way of memory: sums go to the block's own part of the scratch, which the L1 and L2 caches hold.
 
-Rows of (k, b), channels_last: a tile is BO rows by BI channels by KP >= K positions.
+Rows of (k, b), channels_last: a tile is BO rows by KP >= K positions of BI channels each, also flat, so that lanes lie
+along the rows with every version of Triton.
 """
 
 from __future__ import annotations
@@ -96,22 +97,26 @@ def local_by_position(
     starts, o, in_rows, b, k, x, z, q_raw, P: tl.constexpr, Q: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     KP: tl.constexpr,
 ):  # fmt: skip
-    """<row, x>, and the class matrix's q, which is also stored."""
-    kk = tl.arange(0, KP)
-    p_terms = tl.zeros((BO, BI, KP), tl.float32)
-    q_terms = tl.zeros((BO, BI, KP), tl.float32)
+    """<row, x>, and the class matrix's q of every lane's position, which is also stored."""
+    kk = tl.arange(0, KP * BI) // BI
+    p_terms = tl.zeros((BO, KP * BI), tl.float32)
+    q_terms = tl.zeros((BO, KP * BI), tl.float32)
     for begin in range(0, b, BI):
         i, inside, at = tile(begin, b, k, BI, KP)
-        mask = in_rows[:, None, None] & inside[None, :, :]
-        w = tl.load(starts[:, None, None] + at[None, :, :], mask=mask, other=0.0).to(tl.float32)
+        mask = in_rows[:, None] & inside[None, :]
+        w = tl.load(starts[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
         if P:
-            p_terms += w * tl.load(x + i[:, None] * k + kk[None, :], mask=inside, other=0.0)[None, :, :]
+            p_terms += w * tl.load(x + i * k + kk, mask=inside, other=0.0)[None, :]
         if Q:
-            q_terms += w * tl.load(z + i, mask=i < b, other=0.0)[None, :, None]
-    q = tl.sum(q_terms, axis=1)
+            q_terms += w * tl.load(z + i, mask=inside, other=0.0)[None, :]
+    q = tl.zeros((BO, KP * BI), tl.float32)
     if Q:
-        tl.store(q_raw + o[:, None] * k + kk[None, :], q, mask=in_rows[:, None] & (kk < k)[None, :])
-    return tl.sum(tl.sum(p_terms, axis=2), axis=1), q
+        each = tl.arange(0, KP)
+        q_sums = tl.sum(tl.reshape(q_terms, (BO, KP, BI)), axis=2)
+        tl.store(q_raw + o[:, None] * k + each[None, :], q_sums, mask=in_rows[:, None] & (each < k)[None, :])
+        tl.debug_barrier()
+        q = tl.load(q_raw + o[:, None] * k + kk[None, :], mask=in_rows[:, None] & (kk < k)[None, :], other=0.0)
+    return tl.sum(p_terms, axis=1), q
 
 
 @triton.jit
@@ -119,14 +124,14 @@ def accumulate_by_position(
     starts, in_rows, b, k, p, q, x_sums, z_sums, P: tl.constexpr, Q: tl.constexpr, BI: tl.constexpr, KP: tl.constexpr
 ):
     """Sums over the rows of p times row, and of q times row."""
-    kk = tl.arange(0, KP)
+    kk = tl.arange(0, KP * BI) // BI
     for begin in range(0, b, BI):
         i, inside, at = tile(begin, b, k, BI, KP)
-        mask = in_rows[:, None, None] & inside[None, :, :]
-        w = tl.load(starts[:, None, None] + at[None, :, :], mask=mask, other=0.0).to(tl.float32)
+        mask = in_rows[:, None] & inside[None, :]
+        w = tl.load(starts[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
         if P:
-            x_part = tl.sum(w * p[:, None, None], axis=0)
-            tl.store(x_sums + i[:, None] * k + kk[None, :], x_part, mask=inside)
+            tl.store(x_sums + i * k + kk, tl.sum(w * p[:, None], axis=0), mask=inside)
         if Q:
-            z_part = tl.sum(tl.sum(w * q[:, None, :], axis=0), axis=1)
-            tl.store(z_sums + i, z_part, mask=i < b)
+            z_part = tl.sum(tl.reshape(tl.sum(w * q, axis=0), (KP, BI)), axis=0)
+            channel = begin + tl.arange(0, BI)
+            tl.store(z_sums + channel, z_part, mask=channel < b)

@@ -62,9 +62,9 @@ class Settings:
     few programs, and what comes last takes a quarter of the trips.
     """
 
-    # Elements of a tile of the iteration: 16 floats per thread and accumulator, which with two accumulators and the
-    # weight stays within the 128 registers that 512 threads of a multiprocessor can have each.
-    tile: int = 8192
+    # Elements of a tile for each warp: 16 floats per thread and accumulator, which with two accumulators and the weight
+    # stays within the 128 registers that each of 512 threads of a multiprocessor can have.
+    elements: int = 512
     warps: int = 16
     # Registers per thread that an iteration may have: without a bound, ptxas sometimes takes 96 and spills.
     registers: int = 128
@@ -78,20 +78,24 @@ class Settings:
     # 4096 columns: blocks of 16 rows. 1024 x 3 x 3: of 8. Beyond that, fewer rows.
     near: int = 80 << 10
     # The last program of a weight adds up its blocks' sums, tile by tile, unless it has more tiles than this to go
-    # through: then a second launch does. A tile waits for the L2 cache once, some 0.3 µs; a launch costs about 3.
-    last_tiles: int = 16
-    # Blocks that are added at a time, and of how many columns: 16 floats per thread. 128 blocks take 4 trips to L2.
+    # through: then a second launch does. A tile waits for the L2 cache once, some 0.3 µs; a launch in a graph costs
+    # about 2.
+    last_tiles: int = 8
+    # Blocks that are added at a time, and of how many columns: 8 floats per thread; with 16, iterations for sm_80 spill
+    # (Triton 3.9). 128 blocks take 4 trips to L2.
     group: int = 32
-    columns: int = 256
+    columns: int = 128
     vector: int = 4096  # elements of a vector that are normalised at a time: 8 per thread, in float64 where multiplied
-    # Elements that a program of the kernels of rescaling goes through, in steps of a tile: 16 per thread.
+    # Elements that a program of the kernels of rescaling goes through, in steps of a tile.
     chunk: int = 8192
-    step: int = 2048
     rescale_warps: int = 4
     # All phases of an iteration in one cooperative launch, with barriers of the whole grid between them, instead of one
     # launch for each. Off until a measurement says for which sizes it wins. Rescaling remains a launch: it is another
     # op (one that moves u and v cannot return a list), and a barrier of the grid waits as long as a launch in a graph.
     together: bool = False
+    # One program per multiprocessor, with 255 registers; more elements for each warp spill (Triton 3.6).
+    together_warps: int = 8
+    together_elements: int = 256
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -107,30 +111,37 @@ class Settings:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.chunk < self.step:
-            raise ValueError(f"step must be at most chunk, {self.chunk}, got {self.step}")
+            raise ValueError(f"chunk must be at least elements times rescale_warps, {self.step}, got {self.chunk}")
 
     def options(self, warps: int) -> dict[str, Any]:
         """Of every launch. Fused multiply-add is asked for: Triton 3.10 no longer uses it by default."""
         return {"num_warps": warps, "enable_fp_fusion": True}
 
+    def finish(self, warps: int) -> tuple[int, int, int]:
+        """The tile sizes of the part that adds up and normalises, in programs of so many warps."""
+        return max(self.group * warps // self.warps, 1), self.columns, max(self.vector * warps // self.warps, 1)
+
     @property
-    def finish(self) -> tuple[int, int, int]:
-        """The tile sizes of the part that adds up and normalises."""
-        return self.group, self.columns, self.vector
+    def tile(self) -> int:
+        """Elements that a program of an iteration takes at a time."""
+        return self.together_elements * self.together_warps if self.together else self.elements * self.warps
+
+    @property
+    def step(self) -> int:
+        """Elements that a program of the kernels of rescaling takes at a time."""
+        return self.elements * self.rescale_warps
 
     def tiles(self, a: Arrangement, tile: int) -> Tiles:
-        """The tile of that many elements for a weight, and its blocks of rows."""
+        """The tile of at most so many elements for a weight, and its blocks of rows."""
         kp = power_of_two(a.k)
         bo = min(self.block(a), power_of_two(a.rows), max(tile // kp, 1))
-        if a.kb:
-            bi = max(1, min(tile // (bo * kp), power_of_two(a.b)))
-        else:
-            bi = max(kp, min(tile // bo, power_of_two(a.n)))
+        flat = max(kp, min(tile // bo, power_of_two(a.n)))
+        bi = max(1, min(tile // (bo * kp), power_of_two(a.b))) if a.kb else flat
         return Tiles(bo, bi, a.k, kp, a.kb, -(-a.rows // bo))
 
     def block(self, a: Arrangement) -> int:
-        """Rows of a block: those that are set, more where there are many, fewer where they are too long to stay near."""
-        most = max(self.near * self.warps // 16 // a.n, 1)  # 16 warps of 128 registers fill a multiprocessor
+        """Rows of a block: those that are set, more where there are many, fewer where they are too long."""
+        most = max(self.near * min(self.warps, 16) // 16 // a.n, 1)  # 16 warps of 128 registers fill a multiprocessor
         bo = self.rows
         while bo > most:
             bo //= 2
@@ -147,12 +158,12 @@ class Settings:
 DEFAULT = Settings()
 
 # Registers per thread that no kernel may exceed with the default settings, on any GPU it is compiled for in the tests.
-# A multiprocessor has 128 for each of 16 warps. "strided" are the elementwise kernels of weights with gaps between their
-# rows: rare, and they divide.
+# A multiprocessor has 128 for each of 16 warps. "strided" are the elementwise kernels of weights with gaps between
+# their rows: rare, and they divide.
 REGISTERS = {
     "iterate": 128,
     "reduce": 128,
-    "iterate_together": 128,
+    "iterate_together": 255,
     "rescale": 96,
     "inner_products": 128,
     "gradient": 128,

@@ -22,12 +22,12 @@ def exponent_of(x):
 
 @triton.jit
 def tile(begin, b, k, BI: tl.constexpr, KP: tl.constexpr):
-    """Channels begin..begin+BI of channels_last rows, with all positions: (b, k of every element, which are there,
-    where they lie)."""
-    i = begin + tl.arange(0, BI)
-    kk = tl.arange(0, KP)
-    inside = (i < b)[:, None] & (kk < k)[None, :]
-    return i, inside, i[:, None] + kk[None, :] * b
+    """Channels begin..begin+BI of channels_last rows at every position, one position after the other: (b of every
+    element, which are there, where they lie)."""
+    lane = tl.arange(0, KP * BI)
+    i = begin + lane % BI
+    kk = lane // BI
+    return i, (i < b) & (kk < k), i + kk * b
 
 
 @triton.jit
