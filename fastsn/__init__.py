@@ -39,7 +39,7 @@ from fastsn.layers import (
     SSNLinear,
 )
 from fastsn.memory import release_memory
-from fastsn.model import Sigmas, fold, sigmas, warm_up
+from fastsn.model import Sigmas, advance, fold, sigmas, warm_up
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import spectral_norm
 from fastsn.replicas import copy_vectors, sync
@@ -87,6 +87,7 @@ __all__ = [
     "Sigmas",
     "SpectralNorm",
     "VARIANTS",
+    "advance",
     "backends",
     "convert_state_dict",
     "copy_vectors",

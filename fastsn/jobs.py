@@ -73,6 +73,24 @@ def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     """Iterate ``n`` times, ``store`` the vectors, rescale: one call of each op for all jobs of a device and width."""
     if len(jobs) == 1:
         return _RUN[chosen(jobs[0].impl, jobs[0].weight)](jobs, n, store)
+    results: dict[int, Normalised] = {}
+    for impl, places in _calls(jobs):
+        results |= zip(places, _RUN[impl]([jobs[i] for i in places], n, store), strict=True)
+    return [results[i] for i in range(len(jobs))]
+
+
+def iterate(jobs: Sequence[Job], n: int) -> None:
+    """``n`` rounds, stored: one call for all jobs of a device and width."""
+    for impl, places in _calls(jobs):
+        own = [jobs[i] for i in places]
+        if impl == "reference":
+            _iterate_reference(own, n, True)
+        else:
+            ops.power_iteration_(*_lists(own), n)
+
+
+def _calls(jobs: Sequence[Job]) -> list[tuple[str, list[int]]]:
+    """Who computes, and which jobs in one call."""
     kinds: dict[Any, Any] = {}
     groups: dict[Any, list[int]] = {}
     for i, job in enumerate(jobs):
@@ -80,18 +98,7 @@ def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
         if kind not in kinds:
             kinds[kind] = (chosen(job.impl, job.weight), job.weight.device, reference.wide(job.weight.dtype))
         groups.setdefault(kinds[kind], []).append(i)
-    results: dict[int, Normalised] = {}
-    for (impl, _, _), places in groups.items():
-        results |= zip(places, _RUN[impl]([jobs[i] for i in places], n, store), strict=True)
-    return [results[i] for i in range(len(jobs))]
-
-
-def iterate(job: Job, n: int) -> None:
-    """``n`` rounds, stored."""
-    if chosen(job.impl, job.weight) == "reference":
-        _iterate_reference([job], n, True)
-    else:
-        ops.power_iteration_(*_lists([job]), n)
+    return [(impl, places) for (impl, _, _), places in groups.items()]
 
 
 def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:

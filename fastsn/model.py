@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fastsn import checks, reference, scopes, views
+from fastsn import checks, jobs, reference, scopes, views
+from fastsn.jobs import Job
 from fastsn.layers import Normalised, after_loading
 from fastsn.norm import WARM_UP_ITERATIONS
 from fastsn.parametrize import own_class
@@ -78,6 +79,29 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
     checks.has_norms(found, "model")
     for site, _ in found:
         site.norm.warm_up(site.weight(), iterations)  # asked again: norms on one tensor follow one another
+    return model
+
+
+@torch.no_grad()
+def advance(model: Module, rounds: int = 1) -> Module:
+    """Iterate u and v of every layer ``rounds`` times with its weight as it is now, stored, in any mode.
+
+    All layers in one call, and without waiting for the device: for training loops that store the vectors once after
+    each optimizer step (Lin et al. 2021), their forwards in ``step(model, advance=False)``. Vectors that do not belong
+    to the weight at all need ``warm_up``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: ``rounds`` < 1, a model without norms of fastsn, or a weight on the meta device.
+    """
+    rounds, found = checks.count(rounds, "rounds"), weights(model)
+    checks.has_norms(found, "model")
+    for depth in sorted({site.depth for site, _ in found}):
+        # What lies behind other norms is asked for again, now that those have moved.
+        here = [(s.norm, s.weight() if depth else w) for s, w in found if s.depth == depth and s.norm.views]
+        jobs.iterate([Job(w, norm.dim, norm.vectors(), 1.0, w.dtype, norm.impl) for norm, w in here], rounds)
     return model
 
 

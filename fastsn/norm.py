@@ -106,7 +106,7 @@ class SpectralNorm(nn.Module):
                     self.register_buffer(name, vector.to(wide))
             fresh = {view: pair for view, pair in self.vectors().items() if view not in given}
             if fresh and not weight.is_meta:
-                jobs.iterate(self.job(weight)._replace(vectors=fresh), WARM_UP_ITERATIONS)
+                jobs.iterate([self.job(weight)._replace(vectors=fresh)], WARM_UP_ITERATIONS)
 
     def _draw(self, vector: Tensor) -> Tensor:
         return F.normalize(vector.normal_(0, 1), dim=0)
@@ -195,7 +195,7 @@ class SpectralNorm(nn.Module):
                 vector.copy_(self._draw(vector))
         if wanted:
             vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
-            jobs.iterate(Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl), iterations)
+            jobs.iterate([Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl)], iterations)
 
     def hold(self, normalised: Normalised, job: Job, begin: int, shared: bool) -> Callable[[], None]:
         """Serve every later use from these vectors without iterating, until the returned function is called: this W̄

@@ -58,6 +58,8 @@ def test_too_few_iterations(n):
         fastsn.SNLinear(3, 4, n_power_iterations=n)
     with pytest.raises(ValueError, match=f"iterations must be at least 1, got {n}"):
         fastsn.warm_up(fastsn.SNLinear(3, 4), n)
+    with pytest.raises(ValueError, match=f"rounds must be at least 1, got {n}"):
+        fastsn.advance(fastsn.SNLinear(3, 4), n)
 
 
 @pytest.mark.parametrize("n", [1.0, True, "1"])
@@ -91,7 +93,7 @@ def test_no_tensor_of_that_name(name):
 def test_a_module_that_is_none():
     with pytest.raises(TypeError, match=r"module must be an nn.Module, got Tensor"):
         fastsn.spectral_norm(torch.ones(3))
-    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.fold):
+    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.advance, fastsn.fold):
         with pytest.raises(TypeError, match=r"model must be an nn.Module, got list"):
             function([nn.Linear(3, 4)])
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got list"), fastsn.step([]):
@@ -122,7 +124,7 @@ def test_weights_without_elements(shape):
 def test_meta_weights_have_no_numbers():
     with torch.device("meta"):
         net = nn.Sequential(nn.ReLU(), fastsn.SNLinear(3, 4))
-    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.fold):
+    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.advance, fastsn.fold):
         with pytest.raises(ValueError, match="weight of '1' must have values, got a meta tensor"):
             function(net)
     assert isinstance(net[1], fastsn.SNLinear)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastsn
+from dispatched import SYNCS, Counted
 from networks import batch, moved, network, state
 from shapes import TABLE
 
@@ -39,6 +40,39 @@ def test_warm_up_brings_vectors_to_foreign_weights_in_any_mode():
             assert sigma == pytest.approx(float(true), rel=1e-5)
     plain = fastsn.fold(net)
     assert float(torch.linalg.matrix_norm(plain[4].weight.detach(), 2)) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_advance_stores_one_iteration_of_every_layer_in_one_call_and_waits_for_nothing(training):
+    net = network().train(training)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)  # so that the vectors have somewhere to go
+    twin = copy.deepcopy(net)
+    with Counted() as ours, Counted("aten") as rest:
+        assert fastsn.advance(net) is net
+    assert ours.names == ["power_iteration_"]
+    assert not SYNCS & set(rest.names)
+    with fastsn.step(twin.train()):
+        pass
+    assert moved(state(twin), net) == set()  # bit by bit
+    assert fastsn.advance(net, 3).training == training
+    for _ in range(3):
+        fastsn.advance(twin)
+    assert moved(state(twin), net) == set()
+
+
+def test_advance_follows_norms_that_stand_on_one_tensor():
+    layer = nn.Linear(5, 7)
+    fastsn.spectral_norm(layer)
+    with pytest.warns(UserWarning, match="has a spectral norm already"):
+        fastsn.spectral_norm(layer, variant="bsn")
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        for each in (layer, twin):
+            each.parametrizations.weight.original.copy_(torch.arange(35.0).reshape(7, 5).sin())
+    fastsn.advance(layer.eval())
+    twin.train()(torch.ones(1, 5))
+    assert moved(state(twin), layer) == set()
 
 
 def test_warm_up_draws_vectors_that_are_still_on_meta():
