@@ -1,4 +1,4 @@
-"""What a run is: every number that its result depends on, written to config.json and compared on --resume."""
+"""What a run is: ``Numbers`` decide its result and are compared on --resume, ``Runtime`` is how it is carried out."""
 
 from __future__ import annotations
 
@@ -6,88 +6,143 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+Norm = Literal["none", "sn", "ssn", "bsn", "bssn"]
+Gamma = Literal["none", "same", "different"]
+Loss = Literal["hinge", "standard", "wasserstein"]
+Schedule = Literal["per_forward", "per_step", "per_d_step"]
 
 
-@dataclass(frozen=True)
-class Config:
-    """A run with the CNN of the BSN paper; recipes set the defaults that suit their data.
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Every number that the weights of a run depend on, beside the data. One step is n_dis steps of the discriminator
+    and one of the generator."""
 
-    One step is n_dis discriminator steps and one generator step.
-    """
-
-    name: str
-    """Folder of the run below --runs."""
-    variant: Literal["sn", "ssn", "bsn", "bssn"] = "sn"
+    norm: Norm = "sn"
     """How the discriminator's weights are normalised."""
     scale: float = 1.0
     """The constant c of ssn and bssn."""
-    u_schedule: Literal["per_forward", "per_d_step"] = "per_forward"
-    """When u and v are stored: at every forward of the discriminator (torch, Chainer), or once after each of its
-    steps, from the updated weights (the BSN authors)."""
+    gamma: Gamma = "none"
+    """A trainable factor of weights and biases, 1 at first: one for all layers (same) or one for each (different)."""
+    loss: Loss = "hinge"
+    gradient_penalty: float = 0.0
+    """Weight of (|gradient of D at a point between real and fake| - 1)^2."""
+    u_schedule: Schedule = "per_d_step"
+    """When u and v are stored: at every forward of the discriminator (torch, Chainer); once for all forwards of a step
+    of either network (BigGAN); once after each discriminator step, from the updated weights (the BSN authors)."""
     seed: int = 0
-    """Fixes initial weights, batches, z and evaluation."""
     steps: int = 100_000
     """Generator steps."""
     batch_size: int = 64
-    """Images, and fakes, per discriminator step."""
+    """Images, and fakes, of a discriminator step."""
+    batch_size_g: int = 0
+    """Fakes of a generator step; 0: as many."""
     n_dis: int = 1
     """Discriminator steps per generator step."""
+    order: Literal["d_first", "g_first"] = "d_first"
+    z_of_g: Literal["reused", "fresh"] = "reused"
+    """Whether the generator's step takes the z of the last discriminator step."""
+    batch_norm_in_d_steps: bool = True
+    """Whether the generator's running statistics move in discriminator steps, too."""
     lr_g: float = 1e-4
     lr_d: float = 1e-4
     beta1: float = 0.5
     beta2: float = 0.999
+    decay_from: int = -1
+    """Step from which both learning rates fall linearly to 0 at the last one; -1: never."""
+    ema: float = 0.0
+    """Decay of an average of the generator's weights, which is then what is evaluated; 0: none."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: networks under autocast; scores, losses, penalties and evaluation stay float32."""
+    compile: bool = False
+    """Whether both networks are compiled."""
+    architecture: Literal["bsn", "sngan"] = "bsn"
+    """The CNN of the BSN authors' code, or of the SN-GAN paper: no batch norm after the generator's dense layer."""
     latent: int = 128
     """Length of z."""
     width: float = 1.0
     """Factor on every channel count of both networks."""
     image_size: int = 32
-    """Pixels a side; a multiple of 8."""
+    """Pixels a side: a multiple of 8 up to 256."""
+
+    def identity(self) -> dict[str, Any]:
+        """These fields, as plain values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Numbers)}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What changes no weight: where a run is, on what, and what it says of itself how often."""
+
+    name: str
+    """Folder of the run below --runs."""
+    runs: Path = Path("runs")
+    """Parent of all run folders."""
+    data: Path | None = None
+    """The folder that prepare.py has made."""
+    protocol: str = "bsn"
+    """How the generator is scored."""
+    inception_weights: Path | None = None
+    """Of torch-fidelity's Inception; default: $FASTSN_INCEPTION, then torch hub's cache. Nothing is downloaded."""
     eval_every: int = 10_000
-    """Steps between rows of metrics.csv; there is one after the last step too."""
-    eval_fakes: int = 10_000
-    """Generated images per evaluation."""
+    """Steps between rows of metrics.csv; there is one after the last step too. 0: none at all."""
     sample_every: int = 200
     """Steps between sample grids."""
     log_every: int = 100
-    """Steps between TensorBoard points."""
+    """Steps between points of the scalars."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints; there is one after the last step too."""
     keep_checkpoints: int = 5
     """How many of the newest checkpoints stay."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA device if there is one."""
-    runs: Path = Path("runs")
-    """Parent of all run folders."""
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, "batch_size", "at least 2 (batch norm)", self.batch_size)
-        for field in ("steps", "n_dis", "latent", "eval_every", "sample_every", "log_every"):
-            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
-        for field in ("checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
-        for field in ("lr_g", "lr_d", "width", "scale"):
-            value = getattr(self, field)
-            _require(0 < value < float("inf"), field, "finite and positive", value)
-        for field in ("beta1", "beta2"):
-            _require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
-        _require(self.image_size >= 8 and self.image_size % 8 == 0, "image_size", "a multiple of 8", self.image_size)
-        _require(self.eval_fakes >= 100, "eval_fakes", "at least 100 (ten splits of ten)", self.eval_fakes)
-        parts = Path(self.name).parts
-        below = bool(parts) and ".." not in parts and not Path(self.name).is_absolute()
-        _require(below, "name", "a folder name below runs", self.name)
-        _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
+    resident_gb: float = 4.0
+    """Data sets up to this size are kept on the device."""
+    workers: int = 8
+    """Threads that read larger ones."""
 
     @property
     def folder(self) -> Path:
         """Where the run writes."""
         return self.runs / self.name
 
-    def as_json(self) -> dict[str, Any]:
-        """What decides the result, as plain values: everything but where it is written."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("runs", "name")}
-        plain: dict[str, Any] = json.loads(json.dumps(values))
-        return plain
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Numbers, Runtime):
+    """A run; recipes set the defaults that suit their data."""
+
+    def __post_init__(self) -> None:
+        for field, kind in (("norm", Norm), ("gamma", Gamma), ("loss", Loss), ("u_schedule", Schedule)):
+            _require(getattr(self, field) in get_args(kind), field, f"one of {', '.join(get_args(kind))}", getattr(self, field))
+        _require(self.batch_size >= 2, "batch_size", "at least 2 (batch norm)", self.batch_size)
+        _require(self.batch_size_g == 0 or self.batch_size_g >= 2, "batch_size_g", "0 or at least 2", self.batch_size_g)
+        for field in ("steps", "n_dis", "latent", "sample_every", "log_every", "checkpoint_every", "keep_checkpoints", "workers"):
+            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
+        _require(self.eval_every >= 0, "eval_every", "at least 0", self.eval_every)
+        for field in ("lr_g", "lr_d", "width", "scale"):
+            value = getattr(self, field)
+            _require(0 < value < float("inf"), field, "finite and positive", value)
+        for field in ("gradient_penalty", "resident_gb"):
+            value = getattr(self, field)
+            _require(0 <= value < float("inf"), field, "finite and at least 0", value)
+        for field in ("beta1", "beta2", "ema"):
+            _require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
+        size = self.image_size
+        _require(8 <= size <= 256 and size % 8 == 0, "image_size", "a multiple of 8 up to 256", size)
+        _require(-1 <= self.decay_from < self.steps, "decay_from", "-1 or a step before the last", self.decay_from)
+        free = self.norm in ("ssn", "bssn")
+        _require(free or self.scale == 1, "scale", f"1 with norm {self.norm!r} (ssn and bssn take another)", self.scale)
+        _require(self.norm != "none" or self.gamma == "none", "gamma", "none with norm 'none'", self.gamma)
+        own = self.batch_size_g not in (0, self.batch_size) or self.order == "g_first"
+        _require(not own or self.z_of_g == "fresh", "z_of_g", "fresh where G's batch is of another size or comes first", self.z_of_g)
+        _require(not (self.compile and self.gradient_penalty), "compile", "False with a gradient penalty, whose second derivative torch.compile does not have", True)
+        parts = Path(self.name).parts
+        below = bool(parts) and ".." not in parts and not Path(self.name).is_absolute()
+        _require(below, "name", "a folder name below runs", self.name)
+        _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
 
 
 def _require(holds: bool, field: str, expected: str, came: object) -> None:

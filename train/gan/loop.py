@@ -1,9 +1,12 @@
-"""The training loop of the papers as named phases, and its whole state."""
+"""When things happen in a run, and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,13 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import fastsn
-from gan import checkpoint, models, report, run
+from gan import checkpoint, pictures, probes, run, weights
 from gan.config import Config
-from gan.data import Batches, Dataset, Noise, to_uint8
-from gan.evaluate import Evaluator
-from gan.losses import hinge_d, hinge_g
+from gan.data.batches import Batches
+from gan.data.images import to_uint8
+from gan.data.picks import with_replacement
+from gan.data.store import Store
+from gan.metrics.evaluator import Evaluator
+from gan.outputs import Outputs
+from gan.training import Training
 
+REQUEUE = 75  # exit status (EX_TEMPFAIL) of a run that was asked to stop and has written a checkpoint
 _log = logging.getLogger("gan")
 _GRID = 10
 
@@ -29,151 +36,153 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-class Training:
-    """Networks, optimizers, samplers and the step they are at: everything a checkpoint must hold."""
+def train(config: Config, store: Store, resume: bool) -> None:
+    """Train to the last step, with ``resume`` from the newest whole checkpoint, or from the start where there is none.
 
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device) -> None:
-        self.config, self.device, self.step = config, device, 0
-        seeds = torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        channels = dataset.images.shape[1]
-        generator, discriminator = models.build(
-            config.variant, config.scale, config.latent, channels, config.image_size, config.width, seeds[0]
+    SIGTERM and SIGUSR1 end it after the step that is running, with a checkpoint and the exit status ``REQUEUE``.
+    """
+    device = pick_device(config.device)
+    check_data(config, store)
+    training = Training(config, store.channels, store.classes, device)
+    run.claim(config, store, resume, device)
+    with run.log_to(config.folder):
+        state = checkpoint.newest(config.folder / "checkpoint") if resume else None
+        if state is not None:
+            training.load(state)
+        if training.step >= config.steps:
+            _log.info("%s is complete at step %d", config.folder, training.step)
+            return
+        evaluator = None
+        if config.eval_every:
+            evaluator = Evaluator(store, config.protocol, device, config.inception_weights, config.runs, 500)
+        with Outputs(config.folder, training.step, state["seconds"] if state else 0.0) as outputs:
+            _Loop(config, store, training, evaluator, outputs, device).run()
+
+
+def check_data(config: Config, store: Store) -> None:
+    """Raises ValueError for data that this run cannot take."""
+    if store.image_size != config.image_size:
+        side = store.image_size
+        raise ValueError(f"data must be images of {config.image_size} pixels a side, got {store.name} of {side}")
+    if config.batch_size > store.count:
+        raise ValueError(
+            f"batch_size must be at most the {store.count} images of {store.name}, got {config.batch_size}"
         )
-        self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        betas = (config.beta1, config.beta2)
-        self.optimizer_g = torch.optim.Adam(generator.parameters(), lr=config.lr_g, betas=betas)
-        self.optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=config.lr_d, betas=betas)
-        self.batches = Batches(dataset, config.batch_size, seeds[1], device)
-        self.noise = Noise(config.latent, seeds[2], device)
-        self.fixed_z = Noise(config.latent, seeds[3], device).next(_GRID * _GRID)
-        self._parts: dict[str, Any] = {
-            "generator": self.generator,
-            "discriminator": self.discriminator,
-            "optimizer_g": self.optimizer_g,
-            "optimizer_d": self.optimizer_d,
-        }
-        self._streams = {"batches": self.batches.generator, "noise": self.noise.generator}
-
-    def state(self, seconds: float) -> dict[str, Any]:
-        """A checkpoint; u and v are buffers of the discriminator."""
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        streams = {name: stream.get_state() for name, stream in self._streams.items()}
-        return {**parts, **streams, "torch_rng": torch.get_rng_state(), "step": self.step, "seconds": seconds}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-        for name, stream in self._streams.items():
-            stream.set_state(state[name])
-        torch.set_rng_state(state["torch_rng"])
-        self.step = state["step"]
-
-    def advance(self) -> dict[str, Tensor]:
-        """One step: n_dis discriminator steps, each on a fresh batch, then the generator's with the last z."""
-        for _ in range(self.config.n_dis):
-            real, z = self.batches.next(), self.noise.next(self.config.batch_size)
-            scalars = self._discriminator_step(real, z)
-        scalars["loss/g"] = self._generator_step(z)
-        self.step += 1
-        return scalars
-
-    def _use_of_discriminator(self) -> contextlib.AbstractContextManager[None]:
-        """per_forward: every forward iterates and stores. per_d_step: forwards iterate from what is stored."""
-        if self.config.u_schedule == "per_forward":
-            return contextlib.nullcontext()
-        return fastsn.step(self.discriminator, advance=False)
-
-    def _discriminator_step(self, real: Tensor, z: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            fake = self.generator(z)
-        with self._use_of_discriminator():
-            on_real, on_fake = self.discriminator(real), self.discriminator(fake)
-            loss = hinge_d(on_real, on_fake)
-            self.optimizer_d.zero_grad()
-            loss.backward()
-        self.optimizer_d.step()
-        if self.config.u_schedule == "per_d_step":
-            fastsn.warm_up(self.discriminator, 1)
-        self.last = real, fake
-        return {"loss/d": loss.detach(), "D/real": on_real.detach().mean(), "D/fake": on_fake.detach().mean()}
-
-    def _generator_step(self, z: Tensor) -> Tensor:
-        self.discriminator.requires_grad_(False)
-        with self._use_of_discriminator():
-            loss = hinge_g(self.discriminator(self.generator(z)))
-            self.optimizer_g.zero_grad()
-            loss.backward()
-        self.optimizer_g.step()
-        self.discriminator.requires_grad_(True)
-        return loss.detach()
-
-    def slopes(self) -> dict[str, Tensor]:
-        """Mean, least and greatest norm of the gradient of D at the last real and fake images; u and v stay."""
-        found = {}
-        with fastsn.step(self.discriminator, advance=False):
-            for name, images in zip(("real", "fake"), self.last, strict=True):
-                points = images.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(self.discriminator(points).sum(), points)
-                norms = gradient.flatten(1).norm(dim=1)
-                found |= {f"slope/{name}_{how}": getattr(norms, how)() for how in ("mean", "min", "max")}
-        return found
-
-    def sigmas(self) -> dict[str, float]:
-        """sigma, sigma_out and sigma_in of every layer, as TensorBoard tags."""
-        found = {}
-        for layer, values in fastsn.sigmas(self.discriminator).items():
-            found |= {f"{kind}/{layer}": x for kind, x in values._asdict().items()}
-        return found
-
-    @torch.no_grad()
-    def samples(self) -> Tensor:
-        """uint8 images of the fixed z, batch norm by its running statistics."""
-        images = to_uint8(self.generator.eval()(self.fixed_z))
-        self.generator.train()
-        return images
 
 
-def train(training: Training, evaluator: Evaluator, resume: bool) -> None:
-    """Train to the last step, with ``resume`` from the newest whole checkpoint. The folder must be claimed."""
-    config = training.config
-    torch.manual_seed(config.seed)
-    state = checkpoint.newest(config.folder / "checkpoint") if resume else None
-    if state is not None:
-        training.load(state)
-    if training.step >= config.steps:
-        _log.info("%s is complete at step %d", config.folder, training.step)
-        return
-    bar = tqdm(total=config.steps, initial=training.step, unit="it", desc=config.name, mininterval=0.5)
-    outputs = run.Outputs(config.folder, training.step, state["seconds"] if state else 0.0)
-    with logging_redirect_tqdm(), bar, outputs:
-        while training.step < config.steps:
-            _one_step(training, evaluator, outputs, bar)
+class _Loop:
+    """One run, from the step that it is at."""
 
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        training: Training,
+        evaluator: Evaluator | None,
+        outputs: Outputs,
+        device: torch.device,
+    ) -> None:
+        self.config, self.store, self.training = config, store, training
+        self.evaluator, self.outputs, self.device = evaluator, outputs, device
+        self.phases, self.asked_to_stop = probes.Phases(), ""
+        self.about = run.identity(config, store)
 
-def _one_step(training: Training, evaluator: Evaluator, outputs: run.Outputs, bar: tqdm[Any]) -> None:
-    config, step = training.config, training.step + 1
-    timed = step in (1, config.steps) or step % 1000 == 0
-    if timed:
-        outputs.time(step, "starts")
-    scalars = training.advance()
-    bar.update()
+    def run(self) -> None:
+        config, training = self.config, self.training
+        draws = training.step * config.n_dis
+        batches = Batches(
+            self.store, self._picks, self.device, config.resident_gb, workers=config.workers, start=draws
+        )
+        bar = tqdm(total=config.steps, initial=training.step, unit="it", desc=config.name, mininterval=0.5)
+        with logging_redirect_tqdm(), bar, contextlib.closing(batches), self._signals():
+            if training.step == 0:
+                self._reals()
+            while training.step < config.steps:
+                self._one_step(self._timed(batches), bar)
+                if self.asked_to_stop:
+                    self._checkpoint()
+                    _log.info("stopped by %s at step %d; --resume continues", self.asked_to_stop, training.step)
+                    raise SystemExit(REQUEUE)
 
-    def due(every: int) -> bool:
-        return step % every == 0 or step == config.steps
+    def _picks(self, draw: int) -> Any:
+        return with_replacement(self.config.seed, draw, self.config.batch_size, self.store.count)
 
-    if due(config.log_every):
-        outputs.scalars(step, {**scalars, **training.slopes(), **training.sigmas()})
-        bar.set_postfix(loss_d=f"{float(scalars['loss/d']):.3f}", loss_g=f"{float(scalars['loss/g']):.3f}")
-    if due(config.sample_every):
-        outputs.sample(step, report.grid(training.samples(), _GRID))
-    if due(config.eval_every):
-        scores = evaluator(training.generator, config.latent)
-        outputs.metrics(step, *vars(scores).values(), evaluator.protocol)
-        _log.info("step %d: FID %.3f, score %.3f ± %.3f (%s)", step, *vars(scores).values(), evaluator.protocol)
-    if due(config.checkpoint_every):
-        outputs.flush()
-        checkpoint.save(checkpoint.of_step(config.folder / "checkpoint", step), training.state(outputs.seconds))
-        checkpoint.prune(config.folder / "checkpoint", config.keep_checkpoints)
-    if timed:
-        outputs.time(step, "ends")
+    def _timed(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
+        while True:
+            with self.phases("data"):
+                batch = batches.next()
+            yield batch
+
+    def _one_step(self, batches: Iterator[tuple[Tensor, Tensor | None]], bar: tqdm[Any]) -> None:
+        config, step = self.config, self.training.step + 1
+        timed = step in (1, config.steps) or step % 1000 == 0
+        if timed:
+            self.outputs.time(step, "starts")
+        with self.phases("step"):
+            scalars = self.training.advance(batches)
+        bar.update()
+        if self._due(config.log_every):
+            with self.phases("log"):
+                self._log_scalars(scalars, bar)
+        if self._due(config.sample_every):
+            with self.phases("sample"):
+                images = to_uint8(self.training.images("sample", 0, _GRID * _GRID))
+                self.outputs.sample(step, pictures.grid(images, _GRID))
+        if self.evaluator is not None and self._due(config.eval_every):
+            with self.phases("evaluation"):
+                self._evaluate(self.evaluator)
+        if self._due(config.checkpoint_every):
+            with self.phases("checkpoint"):
+                self._checkpoint()
+        if timed:
+            self.outputs.time(step, "ends")
+
+    def _due(self, every: int) -> bool:
+        return self.training.step % every == 0 or self.training.step == self.config.steps
+
+    def _log_scalars(self, scalars: dict[str, Tensor], bar: tqdm[Any]) -> None:
+        probed = {**probes.slopes(self.training), **self.training.norm.sigmas(), **self.phases.taken()}
+        self.outputs.scalars(self.training.step, {**scalars, **probed})
+        rate = bar.format_dict["rate"] or 0.0
+        images = rate * self.config.n_dis * self.config.batch_size
+        shown = {name: f"{float(scalars[f'loss/{name}']):.3f}" for name in ("d", "g")}
+        bar.set_postfix(**shown, images_per_s=f"{images:.0f}", data=f"{probed.get('time/data_percent', 0):.0f}%")
+
+    def _reals(self) -> None:
+        index = with_replacement(self.config.seed, 0, min(self.store.count, _GRID * _GRID), self.store.count)
+        images = torch.from_numpy(self.store.read(index)).permute(0, 3, 1, 2)
+        self.outputs.picture("reals.png", pictures.grid(images, _GRID))
+
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        training, folder = self.training, self.config.folder / "weights"
+        scores = evaluator(lambda first, count: training.images("evaluation", first, count))
+        best = self.outputs.metrics(training.step, scores._asdict(), "raw" if training.average is None else "average")
+        weights.save(folder / "last.safetensors", training, self.about)
+        if best:
+            weights.save(folder / "best.safetensors", training, self.about)
+        what = scores.missing or f"FID {scores.fid:.3f}, score {scores.inception_score_mean:.3f}"
+        _log.info("step %d: %s (%s)", training.step, what, scores.protocol)
+
+    def _checkpoint(self) -> None:
+        folder = self.config.folder / "checkpoint"
+        self.outputs.flush()
+        weights.save(self.config.folder / "weights" / "last.safetensors", self.training, self.about)
+        state = {**self.training.state(), "seconds": self.outputs.seconds}
+        checkpoint.save(checkpoint.of_step(folder, self.training.step), state)
+        checkpoint.prune(folder, self.config.keep_checkpoints)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGUSR1, where this thread may ask for them, are remembered."""
+
+        def remember(number: int, _: FrameType | None) -> None:
+            self.asked_to_stop = signal.Signals(number).name
+
+        held = {}
+        with contextlib.suppress(ValueError):  # not the main thread
+            held = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in held.items():
+                signal.signal(number, handler)

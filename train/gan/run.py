@@ -1,43 +1,40 @@
-"""The folder of a run: who may write there, and every file in it but the checkpoints."""
+"""The folder of a run: who may write there, what it says of itself, its log."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
+import dataclasses
 import json
 import logging
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 import fastsn
 from gan.checkpoint import atomic_write
-from gan.config import Config
+from gan.config import Config, Runtime
+from gan.data.store import Store
 
-COLUMNS = ("step", "fid", "inception_score_mean", "inception_score_std", "seconds", "protocol")
 _log = logging.getLogger("gan")
 
 
-def claim(config: Config, resume: bool, device: torch.device) -> None:
+def claim(config: Config, store: Store, resume: bool, device: torch.device) -> None:
     """Make the folder of a run, or check that this run may continue there. Nothing in it is overwritten.
 
     Raises:
-        ValueError: the folder holds something that is not a run, a run without ``resume``, or another config.
+        ValueError: the folder holds something that is not a run, a run without ``resume``, or other numbers or data.
         OSError: the folder cannot be made or written.
     """
-    folder, file = config.folder, config.folder / "config.json"
+    folder, file, own = config.folder, config.folder / "config.json", identity(config, store)
     if file.is_file():
-        held = _held_config(file)
-        changed = {k: (held.get(k), v) for k, v in config.as_json().items() if held.get(k) != v}
-        changed |= {k: (v, None) for k, v in held.items() if k not in config.as_json()}
+        held = _held(file)
+        changed = {k: (held.get(k), v) for k, v in own.items() if held.get(k) != v}
+        changed |= {k: (v, None) for k, v in held.items() if k not in own}
         if changed:
             differences = ", ".join(f"{k}: {old!r} there, {new!r} here" for k, (old, new) in changed.items())
             raise ValueError(f"name must be free or hold this config, got {folder} with another ({differences})")
@@ -46,14 +43,20 @@ def claim(config: Config, resume: bool, device: torch.device) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(p.suffix != ".partial" for p in folder.iterdir())):
         raise ValueError(f"name must be free or hold a run, got {folder}, which holds something else")
-    text = json.dumps({"config": config.as_json(), "environment": _environment(device)}, indent=2) + "\n"
-    atomic_write(file, text.encode())
+    runtime = {field.name: getattr(config, field.name) for field in dataclasses.fields(Runtime)}
+    about = {"config": own, "runtime": runtime, "environment": environment(device)}
+    atomic_write(file, (json.dumps(about, indent=2, default=str) + "\n").encode())
 
 
-def _held_config(file: Path) -> dict[str, object]:
+def identity(config: Config, store: Store) -> dict[str, Any]:
+    """What decides the weights of a run: its numbers and its data."""
+    shape = {"channels": store.channels, "classes": store.classes}
+    return {**config.identity(), **shape, "data": store.name, "data_key": store.key}
+
+
+def _held(file: Path) -> dict[str, object]:
     try:
-        held = json.loads(file.read_text())["config"]
-        return dict(held)
+        return dict(json.loads(file.read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"name must be free or hold a run, got {file.parent}, whose config.json is no run's"
@@ -66,7 +69,7 @@ def _cpu() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor() or "cpu")
 
 
-def _environment(device: torch.device) -> dict[str, str | int | None]:
+def environment(device: torch.device) -> dict[str, str | int | None]:
     """What a figure of this run has to name: device, versions, commit."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -81,78 +84,6 @@ def _environment(device: torch.device) -> dict[str, str | int | None]:
         "fastsn": fastsn.__version__,
         "commit": commit,
     }
-
-
-class Outputs:
-    """worker.log, metrics.csv, time.txt, sample/ and the TensorBoard events of a run, continued after ``step``."""
-
-    def __init__(self, folder: Path, step: int, seconds: float) -> None:
-        self.folder = folder
-        self._started, self._before = time.perf_counter(), seconds
-        self._drop_rows_after(step)
-        (folder / "sample").mkdir(exist_ok=True)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the run so far, interruptions not counted."""
-        return self._before + time.perf_counter() - self._started
-
-    def _drop_rows_after(self, step: int) -> None:
-        """Rows written after the checkpoint that the run continues from will be written again; a torn one goes too."""
-        path = self.folder / "metrics.csv"
-        old = path.read_text().splitlines() if path.exists() else []
-        rows = [r for r in csv.DictReader(old) if None not in r.values() and int(r["step"]) <= step]
-        out = io.StringIO()
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(path, out.getvalue().encode())
-
-    def metrics(self, step: int, fid: float, mean: float, std: float, protocol: str) -> None:
-        """One row of metrics.csv."""
-        numbers = ",".join(f"{x:.12f}" for x in (fid, mean, std))
-        self._append("metrics.csv", f"{step},{numbers},{self.seconds:.3f},{protocol}\n")
-
-    def time(self, step: int, what: str) -> None:
-        """One line of time.txt, as in the BSN repo."""
-        self._append("time.txt", f"iter {step} {what}: {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-
-    def sample(self, step: int, picture: Image.Image) -> None:
-        """One picture in sample/."""
-        data = io.BytesIO()
-        picture.save(data, "png")
-        atomic_write(self.folder / "sample" / f"step-{step:08d}.png", data.getbuffer())
-
-    def scalars(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
-        """TensorBoard points."""
-        with _naming(self.folder / "tensorboard"):
-            for tag, value in values.items():
-                self._board.add_scalar(tag, float(value), step)
-
-    def flush(self) -> None:
-        """Make the TensorBoard points durable; the other files are after every call."""
-        with _naming(self.folder / "tensorboard"):
-            self._board.flush()
-
-    def __enter__(self) -> Outputs:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with contextlib.suppress(OSError) if kind else _naming(self.folder / "tensorboard"):
-            self._board.close()
-
-    def _append(self, name: str, line: str) -> None:
-        with _naming(self.folder / name), open(self.folder / name, "a") as file:
-            file.write(line)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
 class _LogFile(logging.FileHandler):

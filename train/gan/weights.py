@@ -1,0 +1,88 @@
+"""Weights of a run as safetensors with the config inside, and how a generator is made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from gan import checkpoint, models
+from gan.config import Config
+from gan.training import Training
+
+PARTS = ("generator", "average", "discriminator")
+
+
+def save(path: Path, training: Training, about: dict[str, Any]) -> None:
+    """Both networks, and the generator's average where there is one, in one file, whole or not at all."""
+    parts = {"generator": training.generator, "discriminator": training.discriminator}
+    if training.average is not None:
+        parts["average"] = training.evaluated
+    tensors = {
+        f"{part}.{name}": x.detach().cpu().clone() for part, net in parts.items() for name, x in net.state_dict().items()
+    }
+    checkpoint.atomic_write(path, to_bytes(tensors, {"config": json.dumps(about), "step": str(training.step)}))
+
+
+def load_generator(path: str | Path) -> tuple[nn.Module, Config]:
+    """The generator of a run's folder (its last weights), a checkpoint of it (step-*.pt) or a .safetensors file, for
+    evaluation: the average where training kept one. The networks are unpacked from data, never from code.
+
+    Raises:
+        ValueError: the path is none of these, or what it holds does not fit the config beside it.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "weights" / "last.safetensors"
+        if not path.is_file():
+            raise ValueError(f"path must be the folder of a run that has saved weights, got {path.parent.parent}")
+    about, tensors = _checkpoint(path) if path.suffix == ".pt" else _safetensors(path)
+    part = "average" if "average" in tensors else "generator"
+    config, channels = config_of(about), about["channels"]
+    generator, _ = models.build(config, channels)
+    try:
+        generator.load_state_dict(tensors[part])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"path must hold the weights of its config's generator, got {path}: {error}") from error
+    return generator.eval().requires_grad_(False), config
+
+
+def config_of(about: dict[str, Any]) -> Config:
+    """The config from the identity of a run."""
+    data = ("channels", "classes", "data", "data_key")
+    return Config(name="loaded", **{k: v for k, v in about.items() if k not in data})
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    file = path.parent.parent / "config.json"
+    if not file.is_file():
+        raise ValueError(f"path must be a checkpoint in the folder of its run, got {path} without {file}")
+    state = checkpoint.try_load(path)
+    if state is None:
+        raise ValueError(f"path must be a whole checkpoint, got {path}, which is damaged")
+    parts = {name: state[name] for name in PARTS if name in state}
+    if "average" in parts:  # AveragedModel's own names
+        own = {k.removeprefix("module."): x for k, x in parts["average"].items() if k.startswith("module.")}
+        parts["average"] = own
+    return json.loads(file.read_text())["config"], parts
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    if not path.is_file():
+        raise ValueError(f"path must be a run, a checkpoint or a .safetensors file, got {path}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["config"])
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                part, _, name = key.partition(".")
+                parts.setdefault(part, {})[name] = file.get_tensor(key)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path must be weights that a run has saved, got {path}: {error}") from error
+    return about, parts
+
