@@ -67,11 +67,13 @@ def _there(out: Path, meta: dict[str, Any]) -> dict[str, Any] | None:
     if not (out / "meta.json").exists():
         raise ValueError(f"out: expected a new folder, got {out} with other files in it")
     found = store.read_meta(out)
-    for name in meta.keys() - {"versions"}:
-        if found.get(name) != meta[name]:
-            raise ValueError(
-                f"out: expected a new folder, got {out} with another set: its {name} is {found.get(name)}, not {meta[name]}"
-            )
+    changed = [name for name in meta if name != "versions" and found.get(name) != meta[name]]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"out: expected a new folder or one with this set, got {out}, whose {name} is {found.get(name)}, not "
+            f"{meta[name]}"
+        )
     _remove_progress(out)
     log.info("%s is there already", out)
     return found
@@ -84,9 +86,7 @@ def _alone(partial: Path) -> Iterator[IO[str]]:
         try:
             fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"out: expected nobody else to write it, got another process at work in {partial}"
-            ) from error
+            raise ValueError(f"out: another process is writing {partial}") from error
         yield plan
 
 
