@@ -76,12 +76,12 @@ def _write(source: Source, out: Path, workers: int = 1) -> None:
     print(f"{out}: {meta['count']:,} images of {size} x {size} x {meta['channels']}{classes}")
 
 
-def main() -> None:
-    """A mistake of the user, a broken archive or a fault of a disk ends in one line and status 1."""
+def main(args: list[str] | None = None) -> None:
+    """The command line. A mistake of the user, a broken archive or a fault of a disk ends in one line and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     commands = {command.__name__: command for command in (cifar10, stl10, celeba, folder, npy)}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, config=(tyro.conf.FlagCreatePairsOff,))
+        tyro.extras.subcommand_cli_from_dict(commands, args=args, config=(tyro.conf.FlagCreatePairsOff,))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import tarfile
@@ -18,6 +19,8 @@ from PIL import Image
 
 from gan.data import cifar, pixels
 from gan.data.sources import Source, check_expected, md5_of, naming_member, stamp
+
+BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class Archive(Source):
@@ -96,7 +99,7 @@ class Stl10(Archive):
 def _tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
-    except tarfile.ReadError as error:
+    except BROKEN as error:
         raise ValueError(f"archive: expected a tar file, compressed or not, got {path.name}") from error
 
 
@@ -109,7 +112,7 @@ def _members(path: Path, tar: tarfile.TarFile, wanted: list[str]) -> Iterator[tu
             if name in missing and member.isfile():
                 missing.remove(name)
                 yield name, tar.extractfile(member)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except BROKEN as error:
         raise ValueError(f"archive: {path.name} is broken before its member {min(missing)}: {error}") from error
     if missing:
         raise ValueError(f"archive: expected a member {min(missing)} in {path.name}, got none")

@@ -19,20 +19,21 @@ from gan.data.sources import Source
 
 @dataclass(frozen=True)
 class Chunks:
-    """The images of a source, of which those of chunk i belong into ``path``, whose data begins at ``offset``."""
+    """The images of a source, ``size`` to a chunk; they belong into ``path``, whose data begins at ``offset``."""
 
     source: Source
     path: Path
     offset: int
+    size: int
 
     @property
     def count(self) -> int:
         """How many chunks."""
-        return -(-self.source.count // store.CHUNK)
+        return -(-self.source.count // self.size)
 
     def images(self, chunk: int) -> range:
         """Which images are of a chunk."""
-        return range(chunk * store.CHUNK, min((chunk + 1) * store.CHUNK, self.source.count))
+        return range(chunk * self.size, min((chunk + 1) * self.size, self.source.count))
 
     def make(self, chunk: int) -> bytes:
         """Decode and write one; its digest."""

@@ -112,7 +112,7 @@ def _fill(source: Source, partial: Path, head: bytes, workers: int) -> list[byte
     with path.open("ab") as images, (partial / "digests").open("a+b") as known:
         with naming(path, f" (the images take {size / 1e9:.2f} GB)"):
             os.posix_fallocate(images.fileno(), 0, size)
-        chunks = Chunks(source, path, len(head))
+        chunks = Chunks(source, path, len(head), store.CHUNK)
         write_at(path, head, 0)
         with naming(partial / "digests"):
             os.ftruncate(known.fileno(), chunks.count * store.DIGEST)
