@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gan.data.images import to_float, to_uint8
+
+__all__ = ["Batches", "Dataset", "Noise", "digits", "to_float", "to_uint8"]
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -26,16 +30,6 @@ def digits(image_size: int) -> Dataset:
     grey = torch.from_numpy(found.images).float()[:, None] * (255 / 16)
     images = F.interpolate(grey, size=(image_size, image_size), mode="bilinear", align_corners=False)
     return Dataset("digits", images.round().to(torch.uint8), torch.from_numpy(found.target).long())
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1], as the papers scale: x / 255 * 2 - 1."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """float in [-1, 1] to uint8, the inverse of ``to_float``."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Batches:

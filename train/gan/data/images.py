@@ -1,0 +1,16 @@
+"""Between the bytes of stored images and the floats that networks see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1], as the BSN authors scale: x / 255 * 2 - 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float in [-1, 1] to uint8, the inverse of ``to_float``: rounded, and clamped to the range."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
