@@ -116,10 +116,24 @@ class Config(Numbers, Runtime):
 
     def __post_init__(self) -> None:
         for field, kind in (("norm", Norm), ("gamma", Gamma), ("loss", Loss), ("u_schedule", Schedule)):
-            _require(getattr(self, field) in get_args(kind), field, f"one of {', '.join(get_args(kind))}", getattr(self, field))
+            _require(
+                getattr(self, field) in get_args(kind),
+                field,
+                f"one of {', '.join(get_args(kind))}",
+                getattr(self, field),
+            )
         _require(self.batch_size >= 2, "batch_size", "at least 2 (batch norm)", self.batch_size)
         _require(self.batch_size_g == 0 or self.batch_size_g >= 2, "batch_size_g", "0 or at least 2", self.batch_size_g)
-        for field in ("steps", "n_dis", "latent", "sample_every", "log_every", "checkpoint_every", "keep_checkpoints", "workers"):
+        for field in (
+            "steps",
+            "n_dis",
+            "latent",
+            "sample_every",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "workers",
+        ):
             _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
         _require(self.eval_every >= 0, "eval_every", "at least 0", self.eval_every)
         for field in ("lr_g", "lr_d", "width", "scale"):
@@ -137,8 +151,18 @@ class Config(Numbers, Runtime):
         _require(free or self.scale == 1, "scale", f"1 with norm {self.norm!r} (ssn and bssn take another)", self.scale)
         _require(self.norm != "none" or self.gamma == "none", "gamma", "none with norm 'none'", self.gamma)
         own = self.batch_size_g not in (0, self.batch_size) or self.order == "g_first"
-        _require(not own or self.z_of_g == "fresh", "z_of_g", "fresh where G's batch is of another size or comes first", self.z_of_g)
-        _require(not (self.compile and self.gradient_penalty), "compile", "False with a gradient penalty, whose second derivative torch.compile does not have", True)
+        _require(
+            not own or self.z_of_g == "fresh",
+            "z_of_g",
+            "fresh where G's batch is of another size or comes first",
+            self.z_of_g,
+        )
+        _require(
+            not (self.compile and self.gradient_penalty),
+            "compile",
+            "False with a gradient penalty, whose second derivative torch.compile does not have",
+            True,
+        )
         parts = Path(self.name).parts
         below = bool(parts) and ".." not in parts and not Path(self.name).is_absolute()
         _require(below, "name", "a folder name below runs", self.name)

@@ -61,9 +61,7 @@ def train(config: Config, store: Store, resume: bool) -> None:
 
 def check_data(config: Config, store: Store) -> None:
     """Raises ValueError for data that this run cannot take."""
-    if store.image_size != config.image_size:
-        side = store.image_size
-        raise ValueError(f"data must be images of {config.image_size} pixels a side, got {store.name} of {side}")
+    store.require(image_size=config.image_size, channels=store.channels)
     if config.batch_size > store.count:
         raise ValueError(
             f"batch_size must be at most the {store.count} images of {store.name}, got {config.batch_size}"
@@ -90,9 +88,7 @@ class _Loop:
     def run(self) -> None:
         config, training = self.config, self.training
         draws = training.step * config.n_dis
-        batches = Batches(
-            self.store, self._picks, self.device, config.resident_gb, workers=config.workers, start=draws
-        )
+        batches = Batches(self.store, self._picks, self.device, config.resident_gb, workers=config.workers, start=draws)
         bar = tqdm(total=config.steps, initial=training.step, unit="it", desc=config.name, mininterval=0.5)
         with logging_redirect_tqdm(), bar, contextlib.closing(batches), self._signals():
             if training.step == 0:

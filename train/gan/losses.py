@@ -50,8 +50,10 @@ LOSSES = {
 
 
 def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """E[(|dD/dx| - 1)^2] at x = real + alpha (fake - real), alpha (N, 1, 1, 1) (Gulrajani et al., NeurIPS 2017); the norm
-    is sqrt(sum of squares + 1e-8), as in the BSN authors' code."""
+    """E[(|dD/dx| - 1)^2] at x = real + alpha (fake - real), alpha (N, 1, 1, 1) (Gulrajani et al., NeurIPS 2017).
+
+    The norm is sqrt(sum of squares + 1e-8), as in the BSN authors' code.
+    """
     points = (real + alpha * (fake - real)).requires_grad_()
     (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
     return ((gradient.square().sum(dim=(1, 2, 3)) + 1e-8).sqrt() - 1).square().mean()

@@ -80,5 +80,3 @@ class Norm:
             return {}
         found = fastsn.sigmas(self.discriminator)
         return {f"{kind}/{layer}": x for layer, values in found.items() for kind, x in values._asdict().items()}
-
-

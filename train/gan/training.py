@@ -90,15 +90,15 @@ class Training:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """float32, whatever the networks compute in."""
+        """At least float32, whatever the networks compute in."""
         with self._autocast():
             scores: Tensor = self._d(images, labels)
-        return scores.float()
+        return _wide(scores)
 
     def _fakes(self, z: Tensor, labels: Tensor | None) -> Tensor:
         with self._autocast():
             images: Tensor = self._g(z, labels)
-        return images.float()
+        return _wide(images)
 
     def _discriminator_step(
         self, real: Tensor, labels: Tensor | None, z: Tensor, fake_labels: Tensor | None, i: int
@@ -149,6 +149,10 @@ class Training:
         images: Tensor = net.eval()(z, labels)
         net.train(training)
         return images
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 @contextlib.contextmanager

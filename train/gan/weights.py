@@ -23,7 +23,9 @@ def save(path: Path, training: Training, about: dict[str, Any]) -> None:
     if training.average is not None:
         parts["average"] = training.evaluated
     tensors = {
-        f"{part}.{name}": x.detach().cpu().clone() for part, net in parts.items() for name, x in net.state_dict().items()
+        f"{part}.{name}": x.detach().cpu().clone()
+        for part, net in parts.items()
+        for name, x in net.state_dict().items()
     }
     checkpoint.atomic_write(path, to_bytes(tensors, {"config": json.dumps(about), "step": str(training.step)}))
 
@@ -85,4 +87,3 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path must be weights that a run has saved, got {path}: {error}") from error
     return about, parts
-

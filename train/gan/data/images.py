@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1], as the BSN authors scale: x / 255 * 2 - 1."""
-    return images.float() / 127.5 - 1
+    """uint8 to floats of the default dtype in [-1, 1], as the BSN authors scale: x / 255 * 2 - 1."""
+    return images / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:

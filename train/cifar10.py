@@ -1,0 +1,39 @@
+"""Train the papers' CNN GAN on CIFAR10 images, 32 pixels a side.
+
+    python train/prepare.py cifar10 cifar-10-python.tar.gz --out data/cifar10
+    python train/cifar10.py --name cifar10/bssn --data data/cifar10 --norm bssn --scale 1.4
+    python train/cifar10.py --name cifar10/sn --data data/cifar10 --preset sngan-c --loss hinge
+
+Writes runs/<name>/: worker.log, metrics.csv, scalars.jsonl, time.txt, config.json, reals.png, sample/, checkpoint/,
+weights/, tensorboard/. The same line with --resume continues after an interruption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gan import cli
+from gan.config import Config
+from gan.data.store import open_store
+from gan.presets import PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10(Config):
+    """The BSN authors' settings of their scale sweep (Lin et al., NeurIPS 2021)."""
+
+    data: Path
+    """The folder that prepare.py has made."""
+    steps: int = 400_000
+    image_size: int = 32
+
+
+def main(config: Cifar10, resume: bool = False, dry_run: bool = False) -> None:
+    """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME: a row of the
+    papers' tables."""
+    cli.train(config, open_store(config.data), resume, dry_run)
+
+
+if __name__ == "__main__":
+    cli.start(main, PRESETS)

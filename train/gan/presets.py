@@ -1,0 +1,54 @@
+"""Named rows of the papers' tables, as flags of the recipes.
+
+bsn-1, bsn-2, bsn-3: the groups of Lin et al., NeurIPS 2021, and their code (fjxmlzn/BSN): scales, learning rates,
+SN-GAN's setting A; with -same and -different the trainable factors under Wasserstein with a gradient penalty.
+sngan-a to sngan-f: the settings of Miyato et al., ICLR 2018, Table 1, with the order of steps of their code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+BSN: dict[str, Any] = {
+    "architecture": "bsn",
+    "loss": "hinge",
+    "u_schedule": "per_d_step",
+    "order": "d_first",
+    "z_of_g": "reused",
+    "batch_size": 64,
+    "protocol": "bsn",
+}
+_GROUPS: dict[str, dict[str, Any]] = {
+    "bsn-1": {"lr_g": 1e-4, "lr_d": 1e-4, "beta1": 0.5, "beta2": 0.999, "n_dis": 1},
+    "bsn-2": {"lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, "beta2": 0.999, "n_dis": 1},
+    "bsn-3": {"lr_g": 1e-4, "lr_d": 1e-4, "beta1": 0.5, "beta2": 0.9, "n_dis": 5},
+}
+_SNGAN: dict[str, Any] = {
+    "architecture": "sngan",
+    "loss": "standard",
+    "u_schedule": "per_forward",
+    "order": "g_first",
+    "z_of_g": "fresh",
+    "batch_size": 64,
+    "steps": 100_000,
+    "protocol": "sngan",
+}
+_SETTINGS = {
+    "a": (1e-4, 0.5, 0.9, 5),
+    "b": (1e-4, 0.5, 0.999, 1),
+    "c": (2e-4, 0.5, 0.999, 1),
+    "d": (1e-3, 0.5, 0.9, 5),
+    "e": (1e-3, 0.5, 0.999, 5),
+    "f": (1e-3, 0.9, 0.999, 5),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {name: {**BSN, **group} for name, group in _GROUPS.items()}
+PRESETS |= {
+    f"{name}-{gamma}": {**BSN, **_GROUPS[name], "gamma": gamma, "loss": "wasserstein", "gradient_penalty": 10.0}
+    for name in ("bsn-2", "bsn-3")
+    for gamma in ("same", "different")
+}
+PRESETS |= {
+    f"sngan-{name}": {**_SNGAN, "lr_g": lr, "lr_d": lr, "beta1": beta1, "beta2": beta2, "n_dis": n_dis}
+    for name, (lr, beta1, beta2, n_dis) in _SETTINGS.items()
+}
