@@ -54,8 +54,10 @@ def _interpreter():
 @pytest.fixture(scope="session")
 def classifier_cache(tmp_path_factory):
     """A folder with the digit classifier in it, trained once for all tests."""
-    from gan import data, evaluate
+    from gan.data.digits import digits
+    from gan.metrics import digits as classifier
+    from gan.metrics import protocols
 
     folder = tmp_path_factory.mktemp("classifier")
-    evaluate.digit_classifier(data.digits(8), folder)
+    classifier.digit_classifier(digits(8), protocols.find("digits").scale, folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -16,8 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gan import checkpoint, report
-from gan.run import Outputs, log_to
+from gan import checkpoint, pictures
+from gan.loop import REQUEUE
+from gan.outputs import Outputs
+from gan.run import log_to
 from tiny_runs import arguments, rows, share_classifier, tiny
 
 LONG = {"steps": 60, "eval_every": 4, "checkpoint_every": 6, "n_dis": 2}
@@ -32,32 +35,36 @@ def command(args: list[str], **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *args], **{**pipes, **options})
 
 
-@pytest.mark.parametrize("schedule", ["per_forward", "per_d_step"])
-def test_killed_and_resumed_equals_never_killed(tmp_path, classifier_cache, schedule):
-    """SIGKILL twice, at moments that no checkpoint was waiting for."""
-    whole = tiny(tmp_path, classifier_cache, "whole", u_schedule=schedule, **LONG)
-    args = [*arguments(tmp_path, "killed", u_schedule=schedule, **LONG), "--resume"]
-    killed = tmp_path / "killed"
-    for rows_to_see in (3, 9):
+def test_killed_and_asked_to_stop_and_resumed_equals_never_stopped(tmp_path, classifier_cache):
+    """SIGKILL at a moment that no checkpoint was waiting for, then SIGUSR1, which leaves one."""
+    whole = tiny(tmp_path, classifier_cache, "whole", **LONG)
+    args = [*arguments(tmp_path, "stopped", **LONG), "--resume"]
+    stopped = tmp_path / "stopped"
+    for number, status, rows_to_see in ((signal.SIGKILL, -signal.SIGKILL, 3), (signal.SIGUSR1, REQUEUE, 9)):
         with command(args) as process:
             deadline = time.monotonic() + 120
-            while not (killed / "metrics.csv").exists() or len(rows(killed)) < rows_to_see:
+            while not (stopped / "metrics.csv").exists() or len(rows(stopped)) < rows_to_see:
                 assert process.poll() is None, process.stderr.read()
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-        assert len(rows(killed)) < len(rows(whole))
-    with command(args) as process:
-        assert process.wait() == 0, process.stderr.read()
-    assert rows(killed) == rows(whole)
-    for run in (whole, killed):
+            process.send_signal(number)
+            assert process.wait() == status
+        assert len(rows(stopped)) < len(rows(whole))
+    assert "stopped by SIGUSR1 at step" in (stopped / "worker.log").read_text()
+    tiny(tmp_path, classifier_cache, "stopped", resume=True, **LONG)
+    assert rows(stopped) == rows(whole)
+    for run in (whole, stopped):
         assert len(rows(run)) == 15
-    ends = [checkpoint.try_load(checkpoint.of_step(run / "checkpoint", 60)) for run in (whole, killed)]
+    ends = [checkpoint.try_load(checkpoint.of_step(run / "checkpoint", 60)) for run in (whole, stopped)]
     for part in ("generator", "discriminator"):
         a, b = (end[part] for end in ends)
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert "continuing from" in (killed / "worker.log").read_text()
+    assert (whole / "weights/best.safetensors").read_bytes() == (stopped / "weights/best.safetensors").read_bytes()
+    log = (stopped / "worker.log").read_text()
+    assert "continuing from" in log
+    lines = [(run / "scalars.jsonl").read_text().splitlines() for run in (whole, stopped)]
+    assert [json.loads(x)["step"] for x in lines[0]] == [json.loads(x)["step"] for x in lines[1]]
+    assert json.loads(lines[0][-1])["loss/d"] == json.loads(lines[1][-1])["loss/d"]
 
 
 def test_a_torn_row_and_rows_after_the_checkpoint_are_written_again(tmp_path, classifier_cache):
@@ -109,13 +116,15 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_start_again_unasked(t
 
 def test_a_damaged_classifier_is_trained_again(tmp_path, classifier_cache):
     share_classifier(classifier_cache, tmp_path)
-    (file,) = tmp_path.glob("digit-classifier-*.pt")
+    (file,) = tmp_path.glob("digit-classifier-*.npz")
     good = file.read_bytes()
     file.write_bytes(good[:1000])
-    from gan import data, evaluate
+    from gan.data.digits import digits
+    from gan.metrics import protocols
+    from gan.metrics.digits import digit_classifier
 
-    evaluate.digit_classifier(data.digits(8), tmp_path)
-    assert len(file.read_bytes()) == len(good)
+    digit_classifier(digits(8), protocols.find("digits").scale, tmp_path)
+    assert file.read_bytes() == good
 
 
 def test_resuming_a_complete_run_changes_nothing_but_its_log(tmp_path, classifier_cache):
@@ -135,8 +144,8 @@ def test_resuming_a_complete_run_changes_nothing_but_its_log(tmp_path, classifie
         (False, {"seed": 1}, "another .*seed: 0 there, 1 here"),
         (
             True,
-            {"variant": "ssn", "scale": 2.0},
-            "another .*variant: 'sn' there, 'ssn' here, scale: 1.0 there, 2.0 here",
+            {"norm": "ssn", "scale": 2.0},
+            "another .*norm: 'sn' there, 'ssn' here, scale: 1.0 there, 2.0 here",
         ),
     ],
 )
@@ -230,7 +239,7 @@ def test_the_command_line_says_what_is_full_in_one_line(tmp_path, classifier_cac
 
 
 def write_a_sample(outputs: Outputs) -> None:
-    outputs.sample(1, report.grid(torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8), 10))
+    outputs.sample(1, pictures.grid(torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8), 10))
 
 
 def write_a_scalar(outputs: Outputs) -> None:
@@ -241,7 +250,7 @@ def write_a_scalar(outputs: Outputs) -> None:
 @pytest.mark.parametrize(
     ("named", "write"),
     [
-        ("metrics.csv", lambda outputs: outputs.metrics(1, 1.0, 1.0, 1.0, "x")),
+        ("metrics.csv", lambda outputs: outputs.metrics(1, {"fid": 1.0, "protocol": "x"}, "raw")),
         ("time.txt", lambda outputs: outputs.time(1, "starts")),
         ("sample/step-00000001.png", write_a_sample),
         ("tensorboard", write_a_scalar),

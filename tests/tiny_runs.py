@@ -18,7 +18,6 @@ TINY: dict[str, Any] = {
     "lr_g": 5e-3,  # so that ten steps show in the metrics
     "lr_d": 5e-3,
     "eval_every": 3,
-    "eval_fakes": 100,
     "sample_every": 5,
     "log_every": 4,
     "checkpoint_every": 4,
@@ -35,7 +34,7 @@ def tiny(runs: Path, classifier_cache: Path, name: str, resume: bool = False, **
 
 
 def share_classifier(cache: Path, runs: Path) -> None:
-    for file in cache.glob("digit-classifier-*.pt"):
+    for file in cache.glob("digit-classifier-*.npz"):
         shutil.copy(file, runs)
 
 
@@ -48,4 +47,4 @@ def arguments(runs: Path, name: str, **changes: Any) -> list[str]:
 def rows(run: Path) -> list[list[str]]:
     """metrics.csv without the column of seconds."""
     with open(run / "metrics.csv", newline="") as file:
-        return [r[:4] + r[5:] for r in list(csv.reader(file))[1:]]
+        return [[x for name, x in row.items() if name != "seconds"] for row in csv.DictReader(file)]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from gan import cli, report
+from gan import cli, pictures
 
 
 def main(
@@ -23,8 +23,8 @@ def main(
 
     Digit FID and digit score use a small digit classifier: not comparable with figures that come from Inception.
     """
-    report.compare(list(runs), out, fid_name, score_name)
-    print(report.table(list(runs), fid_name, score_name))
+    pictures.compare(list(runs), out, fid_name, score_name)
+    print(pictures.table(list(runs), fid_name, score_name))
     print(f"picture: {out}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +37,25 @@ def read_metrics(run: Path) -> list[dict[str, str]]:
 
 
 def read_scalars(run: Path, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
-    """TensorBoard scalars whose tag starts with ``prefix``: {tag: (steps, values)}."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: ([e.step for e in events.Scalars(tag)], [e.value for e in events.Scalars(tag)])
-        for tag in events.Tags()["scalars"]
-        if tag.startswith(prefix)
-    }
+    """Of scalars.jsonl, those whose tag starts with ``prefix``: {tag: (steps, values)}."""
+    path = run / "scalars.jsonl"
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        values = json.loads(line)
+        step = values.pop("step")
+        for tag, value in values.items():
+            if tag.startswith(prefix):
+                steps, numbers = found.setdefault(tag, ([], []))
+                steps.append(step)
+                numbers.append(value)
+    return found
 
 
 def title(run: Path) -> str:
-    """Variant, scale and seed of a run."""
+    """Normalisation, scale and seed of a run."""
     config: dict[str, Any] = json.loads((run / "config.json").read_text())["config"]
     scale = f", scale {config['scale']:g}" if config["scale"] != 1 else ""
-    return f"{config['variant'].upper()}{scale}, seed {config['seed']}"
+    return f"{config['norm'].upper()}{scale}, seed {config['seed']}"
 
 
 def compare(runs: list[Path], out: Path, fid_name: str, score_name: str) -> None:
@@ -101,7 +102,7 @@ def table(runs: list[Path], fid_name: str, score_name: str) -> str:
     lines = [f"{'run':<24}{'steps':>8}{fid_name:>12}{'best':>10}{score_name:>16}{'seconds':>10}"]
     for run in runs:
         rows = read_metrics(run)
-        last, best = rows[-1], min(float(r["fid"]) for r in rows)
+        last, best = rows[-1], min(float(r["fid"]) for r in rows if r["fid"])
         score = f"{float(last['inception_score_mean']):.3f} ± {float(last['inception_score_std']):.3f}"
         lines.append(
             f"{title(run):<24}{last['step']:>8}{float(last['fid']):>12.3f}{best:>10.3f}{score:>16}"
