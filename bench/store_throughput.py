@@ -2,8 +2,8 @@
 
 python bench/store_throughput.py --out bench/results/<device>/store.json [--folder FOLDER] [--images N]
 
-Writes a set of N images of 64 x 64 into FOLDER (a new temporary one), and for each figure the median of three. Cold: the
-kernel was told to forget the file's pages; what is beneath, the disk's or the host's own cache, it cannot tell.
+Writes a set of N images of 64 x 64 into FOLDER, or where the system has its temporary files; each figure is the median
+of three. Cold: the kernel was told to forget the file's pages, but not the disk and the host, which may cache too.
 """
 
 from __future__ import annotations
