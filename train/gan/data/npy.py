@@ -56,6 +56,8 @@ class ImagesFile:
 
     def read_into(self, index: np.ndarray, out: np.ndarray) -> None:
         """Images ``index`` into ``out``, uint8 (len(index), S, S, C), contiguous. Neighbours come by one call."""
+        if len(index) == 0:
+            return
         view = memoryview(out.reshape(-1))
         starts = np.flatnonzero(np.diff(index, prepend=index[:1] - 2) != 1)
         with naming(self.path):
