@@ -76,10 +76,10 @@ class _Resident:
 
 @dataclass
 class _Reading:
-    """A batch on its way: pinned memory where the device is a GPU, so that the copy there runs beside the training."""
+    """A batch on its way. For a GPU it is in pinned memory, which is used again once the copy there is done."""
 
     index: np.ndarray
-    pixels: Tensor
+    images: Tensor
     parts: list[Future[None]] = field(default_factory=list)
     copied: torch.cuda.Event | None = None
 
@@ -96,36 +96,41 @@ class _Ahead:
         self.last: _Reading | None = None
 
     def next(self) -> tuple[Tensor, Tensor]:
-        if self.last is not None:  # only now is its memory free: its copy to the device ran beside a step
+        if self.last is not None:  # a step later: its copy to the device has run beside that
             self._read(self.last)
         self.last = batch = self.reading.popleft()
         for part in batch.parts:
             part.result()
-        images = batch.pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
+        images = batch.images.to(self.device, non_blocking=True)
         if batch.copied is not None:
             batch.copied.record()
         return torch.from_numpy(batch.index), images
 
     def _read(self, used: _Reading | None) -> None:
-        """Begin with the next draw, in the memory of one that is done with if it fits."""
+        """Begin with the next draw, in the pinned memory of one that is done with if it fits."""
         index = self.picks(self.draw)
         self.draw += 1
         if used is not None and used.copied is not None:
             used.copied.synchronize()
-        batch = self._empty(index) if used is None or len(used.index) != len(index) else used
+        free = used is not None and used.copied is not None and len(used.index) == len(index)
+        batch = used if free else self._empty(index)
         batch.index = index
-        pixels, step = batch.pixels.numpy(), -(-len(index) // self.workers)
+        images, step = batch.images.numpy(), -(-len(index) // self.workers)
         batch.parts = [
-            self.pool.submit(self.store.read_into, index[i : i + step], pixels[i : i + step])
+            self.pool.submit(self._read_part, index[i : i + step], images[i : i + step])
             for i in range(0, len(index), step)
         ]
         self.reading.append(batch)
 
+    def _read_part(self, index: np.ndarray, out: np.ndarray) -> None:
+        """The channels come first here and not by torch, whose own threads would get in the way of these."""
+        out[:] = self.store.read(index).transpose(0, 3, 1, 2)
+
     def _empty(self, index: np.ndarray) -> _Reading:
         gpu = self.device.type == "cuda"
-        shape = (len(index), self.store.image_size, self.store.image_size, self.store.channels)
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=gpu)
-        return _Reading(index, pixels, copied=torch.cuda.Event() if gpu else None)
+        shape = (len(index), self.store.channels, self.store.image_size, self.store.image_size)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=gpu)
+        return _Reading(index, images, copied=torch.cuda.Event() if gpu else None)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

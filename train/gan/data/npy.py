@@ -56,7 +56,9 @@ class ImagesFile:
 
     def read_into(self, index: np.ndarray, out: np.ndarray) -> None:
         """Images ``index`` into ``out``, uint8 (len(index), S, S, C), contiguous. Neighbours come by one call."""
-        view = memoryview(out).cast("B")
+        if len(index) == 0:
+            return
+        view = memoryview(out.reshape(-1))
         starts = np.flatnonzero(np.diff(index, prepend=index[:1] - 2) != 1)
         with naming(self.path):
             for first, last in zip(starts, [*starts[1:], len(index)], strict=True):

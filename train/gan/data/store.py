@@ -115,7 +115,10 @@ def open_store(folder: Path) -> Store:
         raise ValueError(f"data: expected {images.path} of shape {shape}, as meta.json says, got {images.shape}")
     classes, labels = len(meta["classes"]), None
     if classes > 0:
-        labels = np.load(folder / "labels.npy")
+        try:
+            labels = np.load(folder / "labels.npy")
+        except ValueError as error:
+            raise ValueError(f"data: expected {folder / 'labels.npy'} to be a .npy file: {error}") from error
         if labels.shape != shape[:1] or labels.dtype != np.int64 or not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(
                 f"data: expected {folder / 'labels.npy'} to be {shape[0]} int64 from 0 to {classes - 1}, got "
