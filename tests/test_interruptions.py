@@ -233,7 +233,7 @@ def test_the_command_line_says_what_is_full_in_one_line(tmp_path, classifier_cac
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
     )
     assert last.startswith("error: ")
-    assert "step-00000004.pt: File too large" in last
+    assert "weights/last.safetensors: File too large" in last
     assert len(rows(tmp_path / "a")) == 1
     assert "stopped" in (tmp_path / "a" / "worker.log").read_text()
 

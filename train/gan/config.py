@@ -81,8 +81,6 @@ class Runtime:
     """Folder of the run below --runs."""
     runs: Path = Path("runs")
     """Parent of all run folders."""
-    data: Path | None = None
-    """The folder that prepare.py has made."""
     protocol: str = "bsn"
     """How the generator is scored."""
     inception_weights: Path | None = None

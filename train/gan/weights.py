@@ -27,7 +27,8 @@ def save(path: Path, training: Training, about: dict[str, Any]) -> None:
         for part, net in parts.items()
         for name, x in net.state_dict().items()
     }
-    checkpoint.atomic_write(path, to_bytes(tensors, {"config": json.dumps(about), "step": str(training.step)}))
+    # One entry: of several, the order in the file changes from process to process.
+    checkpoint.atomic_write(path, to_bytes(tensors, {"config": json.dumps({**about, "step": training.step})}))
 
 
 def load_generator(path: str | Path) -> tuple[nn.Module, Config]:
@@ -56,7 +57,7 @@ def load_generator(path: str | Path) -> tuple[nn.Module, Config]:
 
 def config_of(about: dict[str, Any]) -> Config:
     """The config from the identity of a run."""
-    data = ("channels", "classes", "data", "data_key")
+    data = ("channels", "classes", "data", "data_key", "step")
     return Config(name="loaded", **{k: v for k, v in about.items() if k not in data})
 
 
