@@ -68,8 +68,8 @@ def digit_classifier(store: Store, scale: tuple[float, float], cache: Path) -> N
     """The classifier from its file below ``cache``, or trained now and put there."""
     if store.channels != 1 or store.labels is None:
         raise ValueError(
-            f"protocol: expected grey images with labels for digits, got {store.name} with {store.channels} channels and "
-            f"{'no ' if store.labels is None else ''}labels"
+            f"protocol: expected grey images with labels for digits, got {store.name} with {store.channels} channels "
+            f"and {'no ' if store.labels is None else ''}labels"
         )
 
     def train() -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 LITE0_SIZE = 128
 
 
-class MissingNetwork(Exception):  # noqa: N818 - not an error for those who can do without scores
+class MissingNetwork(Exception):
     """A network that cannot be had here, and why."""
 
 
@@ -30,8 +30,8 @@ class Network(NamedTuple):
 class Inception(nn.Module):
     """torch-fidelity's InceptionV3 of TensorFlow's weights: pool_3 and the 1,008 logits without their bias.
 
-    Its own ``forward`` takes uint8 images alone and fixes the scale to (x - 128) / 128; at that scale this one gives the
-    same bits.
+    Its own ``forward`` takes uint8 images alone and fixes the scale to (x - 128) / 128; at that scale this one gives
+    the same bits.
     """
 
     def __init__(self, net: nn.Module, scale: tuple[float, float]) -> None:
@@ -95,15 +95,13 @@ def _inception_file(weights: Path | None) -> Path:
     for source, named in (("inception-weights", weights), ("FASTSN_INCEPTION", variable and Path(variable))):
         if named:
             if not named.is_file():
-                raise FileNotFoundError(
-                    f"{source}: expected the file {INCEPTION_FILE}, got {named}, which is not there"
-                )
+                raise FileNotFoundError(f"{source}: expected the file {INCEPTION_FILE}, got nothing at {named}")
             return named
     cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not cached.is_file():
         raise MissingNetwork(
-            f"no weights of Inception: {INCEPTION_FILE} (SHA-256 6726825d...) is not in {cached.parent} and not named by "
-            f"--inception-weights or FASTSN_INCEPTION"
+            f"no weights of Inception: {INCEPTION_FILE} (SHA-256 6726825d...) is not in {cached.parent} and not named "
+            f"by --inception-weights or FASTSN_INCEPTION"
         )
     return cached
 

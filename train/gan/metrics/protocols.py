@@ -79,9 +79,9 @@ _ROWS = (
         scale=(127.5, 127.5),
     ),
     # The SN-GAN authors' evaluation.py: 10 x 5,000 images for the score, 5,000 others for FID against 10,000 reals.
-    # The paper's scores are those of its flag --tf, OpenAI's code: all 1,008 logits without the bias. The port to Chainer
-    # that the repository evaluates with while training drops columns after the softmax and scores real CIFAR10 at 12.0
-    # instead of 11.24, so it is not offered.
+    # The paper's scores are those of its flag --tf, OpenAI's code: all 1,008 logits without the bias. The port to
+    # Chainer that the repository evaluates with while training drops columns after the softmax and scores real CIFAR10
+    # at 12.0 instead of 11.24, so it is not offered.
     Protocol(
         "sngan",
         "inception",

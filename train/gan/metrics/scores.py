@@ -98,7 +98,7 @@ def split_of(number: Tensor, count: int, splits: int) -> Tensor:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """‖μa - μb‖² + tr(Ca + Cb - 2 (Ca Cb)^½). With W Wᵀ = Ca, Ca Cb has the eigenvalues of Wᵀ Cb W, which is symmetric."""
+    """‖μa - μb‖² + tr(Ca + Cb - 2 (Ca Cb)^½). With W Wᵀ = Ca, Ca Cb has the eigenvalues of the symmetric Wᵀ Cb W."""
     (mean_a, cov_a), (mean_b, cov_b) = a.mean_and_covariance(), b.mean_and_covariance()
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt()
