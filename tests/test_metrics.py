@@ -403,10 +403,11 @@ def test_lite0_recognises_photographs_in_the_scale_of_its_protocol():
     folder = Path(sklearn.datasets.__file__).parent / "images"
     for name, label in (("flower.jpg", 985), ("china.jpg", 698)):  # a daisy, a palace
         with Image.open(folder / name) as photograph:
-            square = photograph.crop((0, 0, photograph.height, photograph.height))
+            left = (photograph.width - photograph.height) // 2
+            square = photograph.crop((left, 0, left + photograph.height, photograph.height))
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float()
         found, logits = network.module.eval()(pixels)
-        assert label in logits[0].topk(2).indices, name
+        assert logits[0].argmax() == label, name
         assert found.shape == (1, 1280)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-LITE0_SIZE = 128
+LITE0_SIZE = 224  # as it was trained; at 128 it takes a daisy for a strawberry
 
 
 class MissingNetwork(Exception):
@@ -83,9 +83,10 @@ def inception(weights: Path | None, scale: tuple[float, float]) -> Network:
         with torch.random.fork_rng(devices=[]):
             net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=tensors)
     except Exception as error:  # of torch, its zip reader, pickle, load_state_dict
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())
+        why = why.partition("WeightsUnpickler error: ")[2] or why  # without torch's advice to load unsafely
         raise ValueError(
-            f"inception-weights: expected torch-fidelity's InceptionV3 ({INCEPTION_FILE}), got {path}: {why}"
+            f"inception-weights: expected torch-fidelity's InceptionV3 ({INCEPTION_FILE}), got {path}: {why[:200]}"
         ) from error
     return Network(Inception(net, scale), hashlib.sha256(content).hexdigest()[:8])
 

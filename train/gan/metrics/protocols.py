@@ -21,7 +21,7 @@ class Protocol:
     from, the fakes of the distance; otherwise both begin with the same image. classes: how many of the logits the
     softmax sees, from the first on (None: all). pixels: fakes stay floats, or become uint8 by truncation or rounding.
     scale: (a, b) of (x - a) / b, which turns pixels from 0 to 255 into what the network takes; its resize is its own:
-    Inception's is TensorFlow 1's bilinear one to 299, that of lite0 antialiased bilinear to 128, digits have none.
+    Inception's is TensorFlow 1's bilinear one to 299, that of lite0 antialiased bilinear to 224, digits have none.
     distance, score: what the figures are called.
     """
 

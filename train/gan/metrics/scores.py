@@ -94,7 +94,7 @@ class Pool(Sums):
 def split_of(number: Tensor, count: int, splits: int) -> Tensor:
     """The split that image ``number`` of ``count`` is in: split i begins with image i * count // splits."""
     begins = torch.arange(1, splits, device=number.device) * count // splits
-    return torch.bucketize(number, begins, right=True)
+    return torch.bucketize(number.contiguous(), begins, right=True)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
