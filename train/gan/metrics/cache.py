@@ -22,7 +22,7 @@ def remember(path: Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[s
     """
     if path.exists():
         try:
-            with np.load(path) as file:
+            with np.load(io.BytesIO(path.read_bytes())) as file:  # np.load leaves a damaged file open
                 return dict(file)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             _log.warning("%s is damaged and computed again (%s)", path, error)

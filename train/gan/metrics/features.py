@@ -53,7 +53,7 @@ class Lite0(nn.Module):
 
     def __init__(self, net: nn.Module, scale: tuple[float, float]) -> None:
         super().__init__()
-        self.net, self.scale = net, scale
+        self.net, self.scale = net.to(memory_format=torch.channels_last), scale  # half again as fast on a CPU
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         pixels = F.interpolate(pixels, size=(LITE0_SIZE, LITE0_SIZE), mode="bilinear", antialias=True)
