@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -62,11 +63,11 @@ def run(tmp_path, monkeypatch):
     """The folder of a run, its generator, and a data folder that its config names."""
     generator, weights = Painter(), ModuleType("gan.weights")
     data = save(tmp_path / "data", IMAGES)
-    weights.load_generator = lambda path: (generator, SimpleNamespace(latent=4, data=data, path=path))
+    weights.load_generator = lambda path: (generator, SimpleNamespace(latent=4, seed=0, path=path))
     monkeypatch.setitem(sys.modules, "gan.weights", weights)
     folder = tmp_path / "runs/x"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"runtime": {"data": str(data)}}))
     return folder, generator
 
 
@@ -112,7 +113,8 @@ def test_a_run_is_compared_with_the_data_of_its_config_by_default(run, tmp_path)
 @pytest.mark.usefixtures("tiny_lite0")
 def test_a_checkpoint_goes_the_way_of_a_run(run, tmp_path):
     folder, generator = run
-    checkpoint = folder / "weights.safetensors"
+    checkpoint = folder / "checkpoint/step-00000001.pt"
+    checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"")
     assert scores(tmp_path, checkpoint, data=save(tmp_path / "others", IMAGES[:12])).protocol == "lite0-12r-2000f"
     assert generator.seen

@@ -15,7 +15,10 @@ from PIL import Image
 
 import cifar10
 import digits
+import evaluate
+import export
 import images
+import sample
 from gan import cli, pictures, presets, probes
 from gan.config import Config, Numbers
 from gan.data.digits import digits as real_digits
@@ -108,6 +111,52 @@ def test_a_generator_is_loaded_from_a_run_a_checkpoint_or_weights(finished):
     assert all(config.norm == "bssn" and config.latent == 8 for _, config in found)
     earlier, _ = load_generator(finished / "checkpoint/step-00000008.pt")
     assert not torch.equal(earlier(z), made[0])
+
+
+def test_evaluating_a_run_gives_its_last_row_again(finished, capsys):
+    scores = evaluate.main(finished, "digits", device="cpu", cache=finished.parent)
+    assert [f"{scores.fid:.12f}", f"{scores.inception_score_mean:.12f}"] == rows(finished)[-1][1:3]
+    assert f"digit FID: {scores.fid:.4f}" in capsys.readouterr().out
+
+
+def test_samples_as_a_grid_as_files_and_as_an_array(finished, tmp_path):
+    for name in ("a.png", "a.npz", "files"):
+        sample.main(finished, tmp_path / name, count=7, seed=3)
+    with np.load(tmp_path / "a.npz") as file:
+        array = file["images"]
+    assert (array.shape, array.dtype) == ((7, 8, 8, 1), np.uint8)
+    files = sorted((tmp_path / "files").iterdir())
+    assert [path.name for path in files] == [f"{i:06d}.png" for i in range(7)]
+    for image, path in zip(array, files, strict=True):
+        with Image.open(path) as picture:
+            assert np.array_equal(np.asarray(picture), image[..., 0])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(np.asarray(picture)[:8, 9:17], array[1, ..., 0])
+    sample.main(finished, tmp_path / "b.npz", count=3, seed=3)
+    with np.load(tmp_path / "b.npz") as file:
+        assert np.array_equal(file["images"], array[:3])
+    for out, count, message in (
+        (tmp_path / "files", 7, "out must be an empty folder"),
+        (tmp_path / "a.gif", 7, "out must be a .png file, a .npz file or a folder"),
+        (tmp_path / "c.npz", 0, "count must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main(finished, out, count=count)
+
+
+def test_an_exported_generator_makes_the_same_images(finished, tmp_path):
+    from onnx.reference import ReferenceEvaluator
+
+    generator, config = load_generator(finished)
+    z = torch.randn(3, config.latent)
+    export.main(finished, tmp_path / "g.onnx")
+    (made,) = ReferenceEvaluator(str(tmp_path / "g.onnx")).run(None, {"z": z.numpy()})
+    torch.testing.assert_close(torch.from_numpy(made), generator(z), rtol=1e-4, atol=1e-5)
+    export.main(finished, tmp_path / "g.safetensors")
+    again, _ = load_generator(tmp_path / "g.safetensors")
+    assert torch.equal(again(z), generator(z))
+    with pytest.raises(ValueError, match=r"out must be a .safetensors or .onnx file, got .*g.pt"):
+        export.main(finished, tmp_path / "g.pt")
 
 
 @pytest.mark.parametrize(

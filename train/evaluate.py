@@ -16,8 +16,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from gan import cli
+from gan import cli, run, streams
 from gan.data import sources
+from gan.data.digits import digits
 from gan.data.pixels import decode
 from gan.data.store import Store, memory_store, open_store
 from gan.metrics import protocols
@@ -31,7 +32,7 @@ def main(
     protocol: str,
     data: Path | None = None,
     inception_weights: Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     batch_size: int = 100,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     cache: Path = Path("runs"),
@@ -43,7 +44,7 @@ def main(
         protocol: bsn, sngan, modern, digits or lite0.
         data: What to compare with: a data folder of prepare.py or a folder of images. Default: the run's own data.
         inception_weights: The weights of Inception; default FASTSN_INCEPTION or torch hub's cache.
-        seed: Of the latent vectors.
+        seed: Of the latent vectors; default: the run's, so that its last row of metrics.csv comes out again.
         batch_size: How many images at a time; does not change the scores beyond rounding.
         device: Where to compute.
         cache: A folder for the statistics of the reals.
@@ -51,19 +52,23 @@ def main(
     row = protocols.find(protocol)
     if not path.exists():
         raise ValueError(f"path: expected a run, a checkpoint or a folder of images, got {path}, which is not there")
+    reals: Store | None = None
     if path.is_file() or (path / CONFIG).exists():
         from gan.weights import load_generator
 
         generator, config = load_generator(path)
-        generate = _from_latents(generator.to(device).eval(), config.latent, seed, device)
-        data = data or config.data
+        generate = _from_latents(generator.to(device), config.latent, config.seed if seed is None else seed, device)
+        data = data or run.data_of(path if path.is_dir() else path.parent.parent)
+        if data is None and protocol == "digits":
+            reals = digits(config.image_size)
     else:
         fakes = pictures(path)
         row = _for_all_of(fakes, row)
         generate = _from_store(fakes)
-    if data is None:
-        raise ValueError("data: expected a folder to compare with, got none")
-    reals = open_store(data) if (data / "meta.json").exists() else pictures(data)
+    if reals is None:
+        if data is None:
+            raise ValueError("data: expected a folder to compare with, got none")
+        reals = open_store(data) if (data / "meta.json").exists() else pictures(data)
     scores = Evaluator(reals, row, torch.device(device), inception_weights, cache, batch_size)(generate)
     print(_text(scores, row))
     return scores
@@ -104,14 +109,8 @@ def _from_store(fakes: Store) -> Callable[[int, int], Tensor]:
 
 
 def _from_latents(generator: nn.Module, latent: int, seed: int, device: str) -> Callable[[int, int], Tensor]:
-    """z ~ N(0, I), each a function of the seed and its number."""
-
-    def generate(first: int, count: int) -> Tensor:
-        streams = [np.random.Generator(np.random.Philox(key=[seed, k])) for k in range(first, first + count)]
-        z = np.stack([stream.standard_normal(latent, np.float32) for stream in streams])
-        return generator(torch.from_numpy(z).to(device))
-
-    return generate
+    """Those that training evaluates: z ~ N(0, I), each a function of the seed and its number."""
+    return lambda first, count: generator(streams.numbered(seed, "evaluation", first, count, latent).to(device))
 
 
 def _text(scores: Scores, protocol: protocols.Protocol) -> str:

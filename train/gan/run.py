@@ -44,8 +44,18 @@ def claim(config: Config, store: Store, resume: bool, device: torch.device) -> N
     if folder.exists() and (not folder.is_dir() or any(p.suffix != ".partial" for p in folder.iterdir())):
         raise ValueError(f"name must be free or hold a run, got {folder}, which holds something else")
     runtime = {field.name: getattr(config, field.name) for field in dataclasses.fields(Runtime)}
+    runtime["data"] = getattr(config, "data", None)
     about = {"config": own, "runtime": runtime, "environment": environment(device)}
     atomic_write(file, (json.dumps(about, indent=2, default=str) + "\n").encode())
+
+
+def data_of(folder: Path) -> Path | None:
+    """The data folder that a run was trained on; None where it was none. Raises ValueError for what is no run."""
+    try:
+        data = json.loads((folder / "config.json").read_text())["runtime"]["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"path must be the folder of a run, got {folder}, whose config.json is no run's") from error
+    return Path(data) if data else None
 
 
 def identity(config: Config, store: Store) -> dict[str, Any]:

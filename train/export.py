@@ -1,0 +1,54 @@
+"""A trained generator for other programs.
+
+python train/export.py runs/cifar10/bssn --out bssn.safetensors     # both networks, the average, the config
+python train/export.py runs/cifar10/bssn --out bssn.onnx            # the generator: z (N, latent) to images in [-1, 1]
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from gan import checkpoint, cli
+from gan.weights import load_generator
+
+
+def main(path: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
+    """Write the weights in PATH to OUT, whose suffix says how.
+
+    Args:
+        path: The folder of a run (its last weights), a checkpoint, or weights (.safetensors).
+        out: A .safetensors or .onnx file.
+    """
+    if out.suffix not in (".safetensors", ".onnx"):
+        raise ValueError(f"out must be a .safetensors or .onnx file, got {out}")
+    if out.suffix == ".safetensors":
+        source = path / "weights" / "last.safetensors" if path.is_dir() else path
+        load_generator(source)  # that it is whole, and fits its config
+        if source.suffix != ".safetensors":
+            raise ValueError(f"path must be a run or its weights for a .safetensors file, got {path}")
+        checkpoint.atomic_write(out, source.read_bytes())
+        return
+    generator, config = load_generator(path)
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs one more package
+        torch.onnx.export(
+            generator,
+            (torch.zeros(2, config.latent),),
+            data,
+            input_names=["z"],
+            output_names=["images"],
+            dynamic_axes={"z": {0: "count"}, "images": {0: "count"}},
+            dynamo=False,
+        )
+    checkpoint.atomic_write(out, data.getbuffer())
+
+
+if __name__ == "__main__":
+    cli.start(main)
