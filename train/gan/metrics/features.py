@@ -73,7 +73,10 @@ def inception(weights: Path | None, scale: tuple[float, float]) -> Network:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # a RuntimeError where torchvision is not for this build of torch
-        raise MissingNetwork(f"torch-fidelity cannot be imported ({error}): pip install 'fastsn[inception]'") from error
+        raise MissingNetwork(
+            f"torch-fidelity cannot be imported ({error}): it takes pip install 'fastsn[inception]' and the "
+            "torchvision of this build of torch"
+        ) from error
     content = path.read_bytes()
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
