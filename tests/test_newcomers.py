@@ -281,6 +281,7 @@ class Own(nn.Linear):
 
     def reset_parameters(self, gain=1.0):
         nn.init.constant_(self.weight, gain)
+        nn.init.zeros_(self.bias)
         return gain
 
 
