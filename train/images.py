@@ -4,7 +4,7 @@
     python train/images.py --name mine/bssn --data data/mine --norm bssn --scale 1.2
     python train/images.py --name mine/bssn --data data/mine --norm bssn --scale 1.2 --resume
 
-Writes runs/<name>/ as the other recipes do. Scores are distances between features of a network that ships with a
+For another size than 64, --image-size too. Writes runs/<name>/ as the other recipes do. Scores are distances between features of a network that ships with a
 package (EfficientNet-lite0): they need no download, and are not FID.
 """
 
@@ -25,6 +25,8 @@ class Images(Config):
 
     data: Path
     """The folder that prepare.py has made."""
+    image_size: int = 64
+    """That of the data, a multiple of 8 up to 256."""
     steps: int = 50_000
     lr_g: float = 2e-4
     lr_d: float = 2e-4
