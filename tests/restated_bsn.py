@@ -16,8 +16,8 @@ CONVS = [f"convs.{i}" for i in range(0, 14, 2)]
 
 
 def matrices(weight: Tensor, views: int) -> list[Tensor]:
-    """cout x (cin·k·k), and of convolutions with two views (cout·k·k) x cin: the authors swap cin and cout and have u and
-    v of it the other way round."""
+    """cout x (cin·k·k), and of convolutions with two views (cout·k·k) x cin: the authors swap cin and cout, and have u
+    and v of it the other way round."""
     rows = weight.flatten(1)
     return [rows] if views == 1 or weight.ndim == 2 else [rows, weight.transpose(0, 1).flatten(1).T]
 

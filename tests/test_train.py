@@ -19,7 +19,7 @@ import evaluate
 import export
 import images
 import sample
-from gan import cli, pictures, presets, probes
+from gan import cli, pictures, presets, probes, recipe
 from gan.config import Config, Numbers
 from gan.data.digits import digits as real_digits
 from gan.data.images import to_float, to_uint8
@@ -299,9 +299,9 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flags_beside_a_preset_win(tmp_path, monkeypatch):
+def test_flags_beside_a_preset_win(monkeypatch):
     seen: list[Config] = []
-    monkeypatch.setattr(images.cli, "train", lambda config, *_: seen.append(config))
+    monkeypatch.setattr(images.recipe, "train", lambda config, *_: seen.append(config))
     monkeypatch.setattr(images, "open_store", lambda _: None)
     cli.start(images.main, presets.PRESETS, ["--name", "x", "--data", "d", "--preset", "sngan-a", "--n-dis", "3"])
     assert (seen[0].lr_g, seen[0].n_dis, seen[0].ema) == (1e-4, 3, 0.999)
@@ -310,7 +310,7 @@ def test_flags_beside_a_preset_win(tmp_path, monkeypatch):
 def test_a_dry_run_says_everything_and_leaves_nothing(tmp_path, capsys):
     store = memory_store("mine", np.zeros((100, 32, 32, 3), np.uint8))
     config = cifar10.Cifar10(name="x", runs=tmp_path, data=tmp_path, norm="bssn", scale=1.4)
-    cli.train(config, store, dry_run=True)
+    recipe.train(config, store, dry_run=True)
     said = capsys.readouterr().out
     for part in ("discriminator: 2,935,873 parameters", '"scale": 1.4', f"folder: {tmp_path}/x", "checkpoint: about"):
         assert part in said
@@ -324,7 +324,7 @@ def test_data_that_a_run_cannot_take(tmp_path):
         ((63, 32, 32, 3), "batch_size must be at most the 63 images of mine, got 64"),
     ):
         with pytest.raises(ValueError, match=message):
-            cli.train(config, memory_store("mine", np.zeros(shape, np.uint8)))
+            recipe.train(config, memory_store("mine", np.zeros(shape, np.uint8)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -334,7 +334,7 @@ def test_another_data_set_is_another_run(finished, classifier_cache, tmp_path):
     other = memory_store("digits", 255 - store.read(np.arange(store.count)), store.labels)
     config = digits.Digits(name="a", runs=tmp_path, **{**TINY, **BSSN})
     with pytest.raises(ValueError, match=r"name must be free or hold this config, got .* \(data_key: '\w+' there"):
-        cli.train(config, other, resume=True)
+        recipe.train(config, other, resume=True)
     assert rows(run) == rows(finished)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gan import cli
+from gan import cli, recipe
 from gan.config import Config, Schedule
 from gan.data.digits import digits
 
@@ -35,7 +35,7 @@ class Digits(Config):
 
 def main(config: Digits, resume: bool = False, dry_run: bool = False) -> None:
     """Train one run; with --resume continue it, with --dry-run say what it would be."""
-    cli.train(config, digits(config.image_size), resume, dry_run)
+    recipe.train(config, digits(config.image_size), resume, dry_run)
 
 
 if __name__ == "__main__":

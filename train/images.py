@@ -4,8 +4,8 @@
     python train/images.py --name mine/bssn --data data/mine --norm bssn --scale 1.2
     python train/images.py --name mine/bssn --data data/mine --norm bssn --scale 1.2 --resume
 
-For another size than 64, --image-size too. Writes runs/<name>/ as the other recipes do. Scores are distances between features of a network that ships with a
-package (EfficientNet-lite0): they need no download, and are not FID.
+For another size than 64, --image-size too. Writes runs/<name>/ as the other recipes do. Scores are distances between
+features of a network that ships with a package (EfficientNet-lite0): they need no download, and are not FID.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gan import cli
+from gan import cli, recipe
 from gan.config import Config
 from gan.data.store import open_store
 from gan.presets import PRESETS
@@ -40,7 +40,7 @@ class Images(Config):
 def main(config: Images, resume: bool = False, dry_run: bool = False) -> None:
     """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME: a row of the
     papers' tables."""
-    cli.train(config, open_store(config.data), resume, dry_run)
+    recipe.train(config, open_store(config.data), resume, dry_run)
 
 
 if __name__ == "__main__":

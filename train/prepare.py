@@ -12,13 +12,13 @@ celeba, --preset mimicry gives those of mimicry.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
 
 import tyro
 
+from gan import cli
 from gan.data.archives import CelebA, Cifar10, Stl10
 from gan.data.sources import Folder, Npy, Source
 from gan.data.writer import write
@@ -78,12 +78,12 @@ def _write(source: Source, out: Path, workers: int = 1) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The command line. A mistake of the user, a broken archive or a fault of a disk ends in one line and status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands = {command.__name__: command for command in (cifar10, stl10, celeba, folder, npy)}
+    commands = {command.__name__: cli.later(command) for command in (cifar10, stl10, celeba, folder, npy)}
+    config = (tyro.conf.FlagCreatePairsOff,)
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, args=args, config=(tyro.conf.FlagCreatePairsOff,))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        cli.parse_and_call(
+            lambda given: tyro.extras.subcommand_cli_from_dict(commands, args=given, config=config), args
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command continues")
 

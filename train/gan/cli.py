@@ -1,83 +1,55 @@
-"""What the command line of every recipe shares: presets, --dry-run, and errors as one line."""
+"""What every command line shares: presets, and errors as one line. Imports nothing that takes long."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import io
-import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gan import loop
-from gan.config import Config
-from gan.data.store import Store
-from gan.training import Training
-
 Presets = Mapping[str, Mapping[str, Any]]
-_log = logging.getLogger("gan")
-
-
-def train(config: Config, store: Store, resume: bool = False, dry_run: bool = False) -> None:
-    """Train, continue, or with ``dry_run`` say what would be trained."""
-    if dry_run:
-        print(described(config, store))
-    else:
-        loop.train(config, store, resume)
-
-
-def described(config: Config, store: Store) -> str:
-    """The whole configuration, the networks and their parameters, the folder, the size of a checkpoint."""
-    loop.check_data(config, store)
-    training = Training(config, store.channels, store.classes, loop.pick_device("cpu"))
-    parts = [json.dumps(dataclasses.asdict(config), indent=2, default=str)]
-    floats = 0
-    for name, net in (("generator", training.generator), ("discriminator", training.discriminator)):
-        count = sum(p.numel() for p in net.parameters())
-        floats += 3 * count + sum(b.numel() for b in net.buffers())
-        parts += [str(net), f"{name}: {count:,} parameters"]
-    floats += sum(x.numel() for x in training.evaluated.state_dict().values()) if training.average is not None else 0
-    sizes = f"{store.count:,} images of {store.channels} x {store.image_size} x {store.image_size}"
-    parts += [f"data: {store.name}, {sizes}, {store.classes} classes, key {store.key}"]
-    parts += [
-        f"folder: {config.folder}",
-        f"checkpoint: about {4 * floats / 1e6:.1f} MB, {config.keep_checkpoints} kept",
-    ]
-    return "\n".join(parts)
+Call = Callable[[], None]
 
 
 def start(main: Callable[..., None], presets: Presets | None = None, arguments: Sequence[str] | None = None) -> None:
     """Call ``main`` with the command line. ``--preset NAME`` stands for the flags of a row of ``presets``; flags beside
     it win. A mistake of the user or a fault of a disk ends in one line and status 1."""
-    import tyro  # only a command line needs it, so that recipes can be imported where it is not installed
 
+    def parse(given: list[str]) -> Call:
+        import tyro  # only a command line needs it, so that recipes can be imported where it is not installed
+
+        config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+        call: Call = tyro.cli(later(main), args=_with_preset(given, presets or {}), config=config)
+        return call
+
+    parse_and_call(parse, arguments)
+
+
+def parse_and_call(parse: Callable[[list[str]], Call], arguments: Sequence[str] | None = None) -> None:
+    """``parse`` gives what is called then; errors of both are one line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     said = io.StringIO()
     try:
-        given = _with_preset(list(sys.argv[1:] if arguments is None else arguments), presets or {})
         with contextlib.redirect_stderr(said):
-            call = tyro.cli(_later(main), args=given, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except SystemExit as ended:
-        if ended.code:
-            sys.exit(f"error: {_one_line(said.getvalue())}")
-        raise
-    try:
+            call = parse(list(sys.argv[1:] if arguments is None else arguments))
         call()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except SystemExit as ended:
+        if ended.code and said.getvalue():
+            sys.exit(f"error: {_one_line(said.getvalue())}")
+        raise
 
 
-def _later(main: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def later(main: Callable[..., None]) -> Callable[..., Call]:
     """``main`` with its signature, that gives what calls it: what it prints is not the parser's."""
-    import functools
 
     @functools.wraps(main)
-    def parsed(*args: Any, **kwargs: Any) -> Callable[[], None]:
+    def parsed(*args: Any, **kwargs: Any) -> Call:
         return lambda: main(*args, **kwargs)
 
     return parsed

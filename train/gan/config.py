@@ -147,7 +147,7 @@ class Config(Numbers, Runtime):
         _require(-1 <= self.decay_from < self.steps, "decay_from", "-1 or a step before the last", self.decay_from)
         free = self.norm in ("ssn", "bssn")
         _require(free or self.scale == 1, "scale", f"1 with norm {self.norm!r} (ssn and bssn take another)", self.scale)
-        _require(self.norm != "none" or self.gamma == "none", "gamma", "none with norm 'none'", self.gamma)
+        _require(self.norm != "none" or self.gamma == "none", "gamma", "'none' with norm 'none'", self.gamma)
         own = self.batch_size_g not in (0, self.batch_size) or self.order == "g_first"
         _require(
             not own or self.z_of_g == "fresh",

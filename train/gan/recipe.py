@@ -1,0 +1,39 @@
+"""What every recipe does with its config and its data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from gan import loop
+from gan.config import Config
+from gan.data.store import Store
+from gan.training import Training
+
+
+def train(config: Config, store: Store, resume: bool = False, dry_run: bool = False) -> None:
+    """Train, continue, or with ``dry_run`` say what would be trained."""
+    if dry_run:
+        print(described(config, store))
+    else:
+        loop.train(config, store, resume)
+
+
+def described(config: Config, store: Store) -> str:
+    """The whole configuration, the networks and their parameters, the folder, the size of a checkpoint."""
+    loop.check_data(config, store)
+    training = Training(config, store.channels, store.classes, loop.pick_device("cpu"))
+    parts = [json.dumps(dataclasses.asdict(config), indent=2, default=str)]
+    floats = 0
+    for name, net in (("generator", training.generator), ("discriminator", training.discriminator)):
+        count = sum(p.numel() for p in net.parameters())
+        floats += 3 * count + sum(b.numel() for b in net.buffers())
+        parts += [str(net), f"{name}: {count:,} parameters"]
+    floats += sum(x.numel() for x in training.evaluated.state_dict().values()) if training.average is not None else 0
+    sizes = f"{store.count:,} images of {store.channels} x {store.image_size} x {store.image_size}"
+    parts += [f"data: {store.name}, {sizes}, {store.classes} classes, key {store.key}"]
+    parts += [
+        f"folder: {config.folder}",
+        f"checkpoint: about {4 * floats / 1e6:.1f} MB, {config.keep_checkpoints} kept",
+    ]
+    return "\n".join(parts)
