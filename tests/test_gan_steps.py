@@ -193,10 +193,10 @@ def test_every_norm_starts_from_the_same_weights_and_trains(norm, gamma):
     assert all(torch.equal(weights[name], p) for name, p in reference.named_parameters())
     factors = [p for name, p in weights.items() if name.endswith("scale")]
     assert len(factors) == {"none": 0, "same": 1, "different": 8}[gamma]
-    assert all(float(p) == scale for p in factors)
+    assert all(p.item() == scale for p in factors)
     scalars = training.advance(batches())
     assert all(x.dtype == torch.float32 and math.isfinite(x) for x in scalars.values())
-    assert all(float(p) != scale for p in factors)  # trained
+    assert all(p.item() != scale for p in factors)  # trained
 
 
 def test_scale_multiplies_the_weights_of_every_layer():

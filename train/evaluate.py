@@ -22,7 +22,7 @@ from gan.data.digits import digits
 from gan.data.pixels import decode
 from gan.data.store import Store, memory_store, open_store
 from gan.metrics import protocols
-from gan.metrics.evaluator import Evaluator, Scores
+from gan.metrics.evaluator import BATCH, Evaluator, Scores
 
 CONFIG = "config.json"  # of a run's folder
 
@@ -33,7 +33,7 @@ def main(
     data: Path | None = None,
     inception_weights: Path | None = None,
     seed: int | None = None,
-    batch_size: int = 100,
+    batch_size: int = BATCH,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     cache: Path = Path("runs"),
 ) -> Scores:

@@ -20,7 +20,7 @@ from gan.data.batches import Batches
 from gan.data.images import to_uint8
 from gan.data.picks import with_replacement
 from gan.data.store import Store
-from gan.metrics.evaluator import Evaluator
+from gan.metrics.evaluator import BATCH, Evaluator
 from gan.outputs import Outputs
 from gan.training import Training
 
@@ -44,6 +44,9 @@ def train(config: Config, store: Store, resume: bool) -> None:
     device = pick_device(config.device)
     check_data(config, store)
     training = Training(config, store.channels, store.classes, device)
+    evaluator = None
+    if config.eval_every:  # before the folder is claimed: what cannot be scored as it is asked for leaves none
+        evaluator = Evaluator(store, config.protocol, device, config.inception_weights, config.runs, BATCH)
     run.claim(config, store, resume, device)
     with run.log_to(config.folder):
         state = checkpoint.newest(config.folder / "checkpoint") if resume else None
@@ -52,9 +55,6 @@ def train(config: Config, store: Store, resume: bool) -> None:
         if training.step >= config.steps:
             _log.info("%s is complete at step %d", config.folder, training.step)
             return
-        evaluator = None
-        if config.eval_every:
-            evaluator = Evaluator(store, config.protocol, device, config.inception_weights, config.runs, 500)
         with Outputs(config.folder, training.step, state["seconds"] if state else 0.0) as outputs:
             _Loop(config, store, training, evaluator, outputs, device).run()
 

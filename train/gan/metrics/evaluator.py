@@ -22,6 +22,7 @@ from gan.metrics.cache import remember
 from gan.metrics.protocols import KID_POOL, KID_SUBSET_SIZE, KID_SUBSETS, Protocol
 
 _log = logging.getLogger("gan")
+BATCH = 100  # images that are judged at a time
 _SEED = 0  # of which reals are compared, and of KID's subsets
 
 
