@@ -9,5 +9,5 @@ import fastsn
 
 ROOT = Path(fastsn.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, EQUIVALENT, UPSCALER, VOCODER, CLASSIFIER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, EQUIVALENT, GENERATOR, UPSCALER, VOCODER, CLASSIFIER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 INLINE = re.findall(r"`(fastsn\.[^`\n]*\))`", README)

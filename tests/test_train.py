@@ -26,6 +26,7 @@ from gan.data.images import to_float, to_uint8
 from gan.data.store import memory_store
 from gan.training import Training
 from gan.weights import load_generator
+from readme import GENERATOR
 from tiny_runs import TINY, rows, tiny
 
 CPU = torch.device("cpu")
@@ -111,6 +112,12 @@ def test_a_generator_is_loaded_from_a_run_a_checkpoint_or_weights(finished):
     assert all(config.norm == "bssn" and config.latent == 8 for _, config in found)
     earlier, _ = load_generator(finished / "checkpoint/step-00000008.pt")
     assert not torch.equal(earlier(z), made[0])
+
+
+def test_a_generator_is_loaded_as_the_readme_says(finished):
+    names = {"torch": torch}
+    exec(GENERATOR.replace("runs/cifar10/bssn", str(finished)), names)
+    assert names["images"].shape == (64, 1, 8, 8)
 
 
 def test_evaluating_a_run_gives_its_last_row_again(finished, capsys):
