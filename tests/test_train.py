@@ -236,6 +236,18 @@ def test_compare_makes_a_picture_and_a_table(finished, tmp_path):
     assert f"{float(last['fid']):.3f}" in text
 
 
+def test_runs_that_differ_in_their_seed_become_a_mean_and_a_standard_error(tmp_path):
+    for name, seed, scale, fid in (("a", 0, 1.0, 3), ("b", 1, 1.0, 5), ("c", 2, 1.0, 7), ("d", 0, 2.0, 9)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({"config": {"norm": "ssn", "scale": scale, "seed": seed}})
+        )
+        (tmp_path / name / "metrics.csv").write_text(f"fid,inception_score_mean\n100,1\n{fid},2\n")
+    lines = pictures.over_seeds([tmp_path / name for name in "abcd"], "FID", "IS").splitlines()[1:]
+    assert lines[0].split() == ["SSN", "3", "5.000", "±", "1.155", "2.000", "±", "0.000"]
+    assert lines[1].split() == ["SSN,", "scale", "2", "1", "9.000", "2.000"]
+
+
 def test_runs_that_have_nothing_to_compare_yet(finished, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be the folder of a run with a metrics.csv"):
         pictures.table([tmp_path], "a", "b")

@@ -25,6 +25,7 @@ def main(
     """
     pictures.compare(list(runs), out, fid_name, score_name)
     print(pictures.table(list(runs), fid_name, score_name))
+    print(f"\n{pictures.over_seeds(list(runs), fid_name, score_name)}")
     print(f"picture: {out}")
 
 

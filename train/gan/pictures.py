@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,26 @@ def table(runs: list[Path], fid_name: str, score_name: str) -> str:
             f"{float(last['seconds']):>10.0f}"
         )
     return "\n".join(lines)
+
+
+def over_seeds(runs: list[Path], fid_name: str, score_name: str) -> str:
+    """Mean and standard error of the last rows of runs that differ in nothing but the seed, as text."""
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        config: dict[str, Any] = json.loads((run / "config.json").read_text())["config"]
+        del config["seed"]
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
+    lines = [f"{'runs':<24}{'seeds':>8}{fid_name:>20}{score_name:>20}"]
+    for found in groups.values():
+        last = [read_metrics(run)[-1] for run in found]
+        cells = [_mean([float(row[column]) for row in last]) for column in ("fid", "inception_score_mean")]
+        name = title(found[0]).rpartition(", seed")[0]
+        lines.append(f"{name:<24}{len(found):>8}{cells[0]:>20}{cells[1]:>20}")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    """Mean ± standard error, where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
