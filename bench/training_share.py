@@ -21,6 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
+from machine import commit, machine
+
 from gan import streams
 from gan.config import Config
 from gan.data.batches import Batches
@@ -28,7 +30,6 @@ from gan.data.images import to_float
 from gan.data.picks import with_replacement
 from gan.data.store import memory_store
 from gan.training import Training
-from machine import commit, machine
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STORE = memory_store("noise", np.random.default_rng(0).integers(0, 256, (5000, 32, 32, 3), dtype=np.uint8))
