@@ -118,6 +118,11 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     }
 
 
+def _can_be_interrupted() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would everything that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(step: Step, log: IO[str], seconds: float) -> str:
     """How it ended, its output in the log."""
     if shutil.which(step.command[0]) is None:
@@ -130,6 +135,7 @@ def run(step: Step, log: IO[str], seconds: float) -> str:
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | step.environment,
         start_new_session=True,
+        preexec_fn=_can_be_interrupted,
     )
     try:
         code = process.wait(seconds)

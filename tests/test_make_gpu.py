@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,15 @@ def alive(process: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.fixture
+def _interrupts_are_ignored():
+    """As in what a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_are_ignored")
 def test_a_step_whose_time_is_over_writes_its_results_and_leaves_nothing_running(make_gpu, tmp_path):
     steps = [make_gpu.Step("lasting", 6, [sys.executable, "-c", LASTING])]  # to start takes seconds on a busy machine
     assert make_gpu.run_part(1, steps, tmp_path)
