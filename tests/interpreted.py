@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import triton
+from triton.runtime import interpreter
 
 from fastsn import gpu
 from fastsn.kernels import settings
@@ -25,6 +27,17 @@ SMALL = settings.Settings(
     vector=64,
     chunk=256,
 )
+
+
+if triton.__version__.startswith(("3.5", "3.6")):  # newer ones do it themselves (triton pull request 9172)
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        """Bounds of loops are arrays of one element, of which int() makes no number from NumPy 2.4 on."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 @contextmanager
