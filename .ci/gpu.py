@@ -1,8 +1,8 @@
 """Everything there is to know of a GPU, in three parts of nine minutes at most. Nothing is installed.
 
-python .ci/gpu.py 1      # does it work, how fast: versions, the same bits 10,000 times, device time of every kernel
-python .ci/gpu.py 2      # the tests, on the GPU and on its machine
-python .ci/gpu.py 3      # compute-sanitizer, ncu, the contestants
+python .ci/gpu.py 1      # does it work, how fast: the tests on the GPU, device time of every kernel, the same bits again
+python .ci/gpu.py 2      # what users see: the contestants, a training step
+python .ci/gpu.py 3      # compute-sanitizer, the tests on the CPU of its machine
 python .ci/gpu.py 1 2 3 --rehearse      # without a GPU, in Triton's interpreter: a little of each, to see that it runs
 
 A part leaves one log of all its steps, and what they have measured, in --out. A step that fails does not keep the
@@ -35,6 +35,12 @@ if torch.cuda.is_available():
     print(torch.cuda.get_device_properties(0), "driver", torch._C._cuda_getDriverVersion())
 sys.exit(not (fastsn.backends()["triton"].available or "rehearse" in sys.argv))
 """
+# The rule of differentiation in C++; without it the one in Python serves.
+BUILD = """
+import subprocess, sys, fastsn
+if not fastsn.backends()["cpp"].available:
+    sys.exit(subprocess.call([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]))
+"""
 # What ncu shows of each kernel.
 SECTIONS = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats"]
 KERNELS = "^(iterate|reduce|rescale|inner_products|gradient)$"
@@ -58,12 +64,10 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     device = {"FASTSN_TEST_ON": "interpreter" if rehearse else "cuda", "OMP_NUM_THREADS": "1"}
     prepare = [
         Step("versions", 40, [python, "-c", VERSIONS, *(["rehearse"] if rehearse else [])]),
-        # The rule of differentiation in C++; without it the one in Python serves.
-        Step("build", 90, [python, "setup.py", "--quiet", "build_ext", "--inplace"]),
+        Step("build", 90, [python, "-c", BUILD]),
     ]
     stress = [python, "tests/stress.py", "--launches"]
     times = [python, "bench/device_times.py"]
-    smoke = ["tests/test_gpu.py"]
     on_the_gpu = [f"tests/test_{name}.py" for name in ON_THE_GPU]
     on_its_machine = ["tests"]
     raw, suite = str(out / "raw.json"), str(out / "suite.json")
@@ -76,7 +80,7 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     ncu += [*(f"--section={name}" for name in SECTIONS), "--log-file", str(out / "ncu.txt")]
     if rehearse:  # without the tools of CUDA
         sanitizer, ncu, weights = [], [], "two weights"
-        smoke, on_the_gpu = ["tests/test_triton.py", "-k", "aligned"], ["tests/test_op_errors.py", "-k", "gradients"]
+        on_the_gpu = ["tests/test_op_errors.py", "-k", "gradients"]
         on_its_machine, bench = (
             ["tests/test_op_errors.py"],
             [*bench, "-k", "small and evaluation and whole or 16-fastsn"],
@@ -84,19 +88,20 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     return {
         1: [
             *prepare,
-            Step("smoke", 90, [*workers, *smoke], device),
-            Step("stress", 150, [*stress, "2", "--weights", weights] if rehearse else [*stress, "10000"]),
+            Step("tests on the GPU", 150, [*workers, *on_the_gpu], device),
             Step("device times", None, [*times, "--out", str(out / "device_times.json")]),
+            Step("stress", 80, [*stress, "2", "--weights", weights] if rehearse else [*stress, "3000"]),
+            Step("ncu", 60, [*ncu, *times, "--once"]),
         ],
         2: [
             *prepare,
-            Step("tests on the GPU", 300, [*workers, *on_the_gpu], device),
+            Step("training share", 60, [python, "bench/training_share.py", "--out", str(out / "training_share.json")]),
             Step(
-                "tests on its machine",
+                "contestants",
                 None,
-                [*workers, *on_its_machine],
-                {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},  # the interpreter's tensors are the CPU's
+                [*pytest, *quiet, "--benchmark-only", f"--benchmark-json={raw}", *bench],
             ),
+            Step("report", 20, [python, "bench/report.py", raw, suite]),
         ],
         3: [
             *prepare,
@@ -107,13 +112,12 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
                 [*sanitizer, *stress, "1", "--weights", weights],
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             ),
-            Step("ncu", 80, [*ncu, *times, "--once"]),
             Step(
-                "contestants",
+                "tests on its machine",
                 None,
-                [*pytest, *quiet, "--benchmark-only", f"--benchmark-json={raw}", *bench],
+                [*workers, *on_its_machine],
+                {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},  # the interpreter's tensors are the CPU's
             ),
-            Step("report", 20, [python, "bench/report.py", raw, suite]),
         ],
     }
 
@@ -151,14 +155,14 @@ def run(step: Step, log: IO[str], seconds: float) -> str:
         process.wait()
 
 
-def run_part(number: int, steps: list[Step], out: Path) -> bool:
-    """Whether all went well. Prints the end of what every step has to say."""
+def run_part(number: int, steps: list[Step], out: Path, limit: float = LIMIT) -> bool:
+    """Whether all went well, in so many seconds. Prints the end of what every step has to say."""
     begin, well = time.monotonic(), True
     with (out / f"gpu-{number}.log").open("w+") as log:
         for i, step in enumerate(steps):
             print(f"== {step.name}: {' '.join(step.command)[:200]}", file=log, flush=True)
             here, start = log.seek(0, os.SEEK_END), time.monotonic()
-            left = LIMIT - GRACE - (start - begin)
+            left = limit - GRACE - (start - begin)
             seconds = left - sum(x.seconds or 0 for x in steps[i + 1 :]) if step.seconds is None else step.seconds
             said = run(step, log, max(min(seconds, left), 1))
             log.seek(here)
@@ -177,12 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", type=int, nargs="+", choices=(1, 2, 3))
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of each part")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     steps = parts(out, arguments.rehearse)
-    sys.exit(False in [run_part(number, steps[number], out) for number in arguments.parts])
+    sys.exit(False in [run_part(number, steps[number], out, arguments.limit) for number in arguments.parts])
 
 
 if __name__ == "__main__":

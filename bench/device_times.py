@@ -1,4 +1,5 @@
-"""Device time of the Triton kernels: each op of a training step in a CUDA graph, the caches cold, beside a copy.
+"""Device time of the Triton kernels: each op of a training step in a CUDA graph, the caches cold, beside a copy, and
+what the card can do at best: bandwidth, and what a launch and a replay cost.
 
 python bench/device_times.py --out OUT.json
 python bench/device_times.py --once      # each op once, between the marks that ncu --profile-from-start off waits for
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +45,7 @@ OPS = {"power_iteration": 1, "rescale": 2, "rescale_backward": 4, "copy": 2}
 KERNELS = {"iterate": 1, "iterate_together": 1, "reduce": 0, "rescale": 2, "inner_products": 2, "gradient": 2}
 FLUSH = 256 << 20  # bytes, more than any cache
 REPLAYS = 20
+CHAIN = 200  # launches that are timed together
 SMALL = Workload("2 small convs", (conv2d(4, 8, 3), conv2d(8, 6, 4)), "a rehearsal")
 CHOSEN, CANDIDATES = [SMALL], launch.CANDIDATES[:1]
 if DEVICE.type == "cuda":
@@ -77,9 +80,14 @@ def cases() -> Iterator[Case]:
             yield Case(workload, setting=said, launched=replace(settings.DEFAULT, **changes))
 
 
+@lru_cache
+def _weights(workload: Workload) -> list[torch.Tensor]:
+    return [layer.weight.detach() for layer in build(workload, DEVICE)]
+
+
 def steps(case: Case) -> tuple[dict[str, Step], int]:
     """The ops of a training step and a copy of as much, and how many bytes the weights have."""
-    weights = [layer.weight.detach().to(case.dtype) for layer in build(case.workload, DEVICE)]
+    weights = [w.to(case.dtype) for w in _weights(case.workload)]
     weights = [w.contiguous(memory_format=case.layout) if w.ndim == 4 else w for w in weights]
     c = call(weights, [0] * len(weights), [3 if w.ndim > 2 and w[0, 0].numel() > 1 else 1 for w in weights])
     sigma, vectors = c.iterate(in_place=True)
@@ -122,6 +130,35 @@ def on_the_gpu(chosen: dict[str, Step]) -> tuple[dict[str, float], dict[str, flo
             replay()
         torch.cuda.synchronize()
     return of_ops, of_kernels(profile.events())
+
+
+def ceilings() -> dict[str, float]:
+    """Of this card: bandwidth of a copy (bytes read and written) and of reading alone, of more than any cache holds;
+    microseconds of a kernel of one block, one after the other in a graph and launched eagerly, and of an empty graph.
+    """
+    source = torch.randn(1 << 28)
+    target, one = torch.empty_like(source), torch.zeros(1)
+    chain = _captured(lambda: [one.add_(1) for _ in range(CHAIN)])
+    single = _captured(lambda: one.add_(1))
+
+    def device(step: Step) -> float:
+        return float(triton.testing.do_bench(step, warmup=20, rep=200, return_mode="median")) * 1e-3
+
+    def host(step: Step) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(CHAIN):
+            step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / CHAIN
+
+    return {
+        "copy_GB_per_s": 2 * source.nbytes / device(lambda: target.copy_(source)) / 1e9,
+        "read_GB_per_s": source.nbytes / device(source.sum) / 1e9,
+        "kernel_in_a_graph_us": (device(chain.replay) - device(single.replay)) / (CHAIN - 1) * 1e6,
+        "eager_launch_us": host(lambda: one.add_(1)) * 1e6,
+        "graph_of_one_kernel_us": host(single.replay) * 1e6,
+    }
 
 
 def by_the_clock(chosen: dict[str, Step]) -> tuple[dict[str, float], dict[str, float]]:
@@ -191,6 +228,8 @@ def once() -> None:
 
 def measure_all(out: Path) -> None:
     rows: list[dict[str, Any]] = []
+    limits = {k: _short(v) for k, v in ceilings().items()} if DEVICE.type == "cuda" else {}
+    print(limits, flush=True)
     for case in cases():
         try:
             found = measured(case)
@@ -199,14 +238,18 @@ def measure_all(out: Path) -> None:
                 raise
             found = []  # too many registers, too much shared memory
             print(f"{case}: cannot be launched here: {str(error)[:200]}", flush=True)
-        rows += [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in found]
+        rows += [{k: _short(v) for k, v in row.items()} for row in found]
         result = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
         whole = out.with_suffix(".part")
-        whole.write_text(json.dumps({**result, "results": {"device_times": rows}}, indent=1) + "\n")
+        whole.write_text(json.dumps({**result, "results": {"ceilings": limits, "device_times": rows}}, indent=1) + "\n")
         whole.replace(out)
         if found:
             said = [f"{x['name']} {x['us']:.1f} µs {x['GB_per_s']:.0f} GB/s" for x in found]
             print(f"{case}: {', '.join(said)}", flush=True)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:

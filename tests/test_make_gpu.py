@@ -86,11 +86,10 @@ def test_a_step_that_cannot_be_interrupted_is_ended(make_gpu, tmp_path, capsys, 
 
 
 def test_a_step_that_takes_what_is_left_leaves_the_others_their_time(make_gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_gpu, "LIMIT", make_gpu.GRACE + 40)
     given = []
     monkeypatch.setattr(make_gpu, "run", lambda *arguments: given.append(arguments[-1]) or "passed")
     steps = [make_gpu.Step(name, seconds, []) for name, seconds in (("first", 5), ("open", None), ("last", 10))]
-    make_gpu.run_part(1, steps, tmp_path)
+    make_gpu.run_part(1, steps, tmp_path, make_gpu.GRACE + 40)
     assert given == [5, pytest.approx(30, abs=1), 10]
 
 

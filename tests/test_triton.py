@@ -298,7 +298,7 @@ def test_weights_with_many_blocks_take_one_launch_more(monkeypatch):
     for name in ("iterate", "reduce"):
         monkeypatch.setattr(power_iteration, name, Counted(getattr(power_iteration, name), seen))
     c = call([torch.randn(64, 16, 3), torch.randn(4, 4, 3)], [0, 0], 3)
-    with launched_with(rows=4, columns=16, last_tiles=4):
+    with launched_with(rows=4, columns=16, group=2, last_tiles=4):
         c.iterate()
         assert len(seen) == 2
         seen.clear()
