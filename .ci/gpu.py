@@ -1,6 +1,6 @@
 """Everything there is to know of a GPU, in three parts of nine minutes at most. Nothing is installed.
 
-python .ci/gpu.py 1      # does it work, how fast: the tests on the GPU, device time of every kernel, the same bits again
+python .ci/gpu.py 1      # does it work, how fast: tests on the GPU, device time of every kernel, races
 python .ci/gpu.py 2      # what users see: the contestants, a training step
 python .ci/gpu.py 3      # compute-sanitizer, the tests on the CPU of its machine
 python .ci/gpu.py 1 2 3 --rehearse      # without a GPU, in Triton's interpreter: a little of each, to see that it runs
