@@ -32,7 +32,7 @@ import os, platform, sys, torch, triton, fastsn
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
 print(*(f"{name}: {found.detail}" for name, found in fastsn.backends().items()), f"{os.cpu_count()} cores", sep="\\n")
 if torch.cuda.is_available():
-    print(torch.cuda.get_device_properties(0), "driver", torch._C._cuda_getDriverVersion())
+    print(torch.cuda.get_device_properties(0))
 sys.exit(not (fastsn.backends()["triton"].available or "rehearse" in sys.argv))
 """
 # The rule of differentiation in C++; without it the one in Python serves.

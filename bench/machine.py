@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,15 @@ def machine() -> dict[str, Any]:
         found |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
-            "driver": torch._C._cuda_getDriverVersion(),
+            "driver": _driver(),
             "triton": fastsn.backends()["triton"].detail,
         }
     return found
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def commit() -> str:
