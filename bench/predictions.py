@@ -39,7 +39,7 @@ def predicted(workload: Workload) -> str:
         columns = a.n + a.b * (views - 1)
         weights += 4 * a.numel
         sums += 2 * 4 * t.blocks * columns
-        own += 4 * t.blocks * t.own * (views - 1)
+        own += 4 * t.blocks * t.own(a.n) * (views - 1)
         near = max(near, 4 * min(t.blocks, MULTIPROCESSORS * 16 // DEFAULT.warps) * t.bo * a.n)
         groups = -(-t.blocks // DEFAULT.group)
         later = DEFAULT.finished_apart(a, t.blocks)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def programs() -> dict[str, tuple[Any, dict[str, Any]]]:
     """(kernel, its constants) by name. "wide": every read of a weight is one of 16 bytes; "narrow": none is."""
     modes = {"iterate": 0, "first half": 1, "second half": 2, "measure": 3}
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
-    finish = {"FINISH": DEFAULT.finish(DEFAULT.warps)}
+    finish = {"FINISH": DEFAULT.finish}
     for aligned, word in ((True, "wide"), (False, "narrow")):
         all_weights = weights(aligned)
         tiles = {name: (kind(DEFAULT.tile), dtype, q) for name, (kind, dtype, q) in all_weights.items()}
@@ -87,14 +86,8 @@ def programs() -> dict[str, tuple[Any, dict[str, Any]]]:
         for mode, number in list(modes.items())[1:]:
             kinds = ((number, True, q, *shape, dtype),)
             found[f"iterate {mode} {word}"] = (power_iteration.iterate, {"KINDS": kinds, **finish})
-        together = replace(DEFAULT, together=True)
-        for kernel, own, warps, phases in (
-            (power_iteration.iterate, DEFAULT, DEFAULT.warps, {}),
-            (power_iteration.iterate_together, together, together.together_warps, {"PHASES": 2}),
-        ):
-            kinds = tuple((0, True, q, *kind(own.tile), dtype) for kind, dtype, q in all_weights.values())[-3:]
-            constants = {"KINDS": kinds, **phases, "FINISH": own.finish(warps)}
-            found[f"{kernel.__name__} network {word}"] = (kernel, constants)
+        kinds = tuple((0, True, q, *shape, dtype) for shape, dtype, q in tiles.values())[-3:]
+        found[f"iterate network {word}"] = (power_iteration.iterate, {"KINDS": kinds, **finish})
         sizes = {"CHUNK": DEFAULT.chunk, "STEP": DEFAULT.step}
         for dtype, width in ((F32, 4), (BF16, 8)):
             kinds = ((False, width if aligned else 1, dtype, dtype),)
@@ -116,12 +109,10 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     signature = {name: "i32" if name in NUMBERS else POINTERS.get(name, "*fp32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*"}
     signature |= dict.fromkeys(constants, "constexpr")
-    warps, registers, others = {
-        "iterate": (DEFAULT.warps, DEFAULT.registers, {}),
-        "reduce": (DEFAULT.warps, None, {}),
-        "iterate_together": (DEFAULT.together_warps, 255, {"launch_cooperative_grid": True}),
-    }.get(kernel.__name__, (DEFAULT.rescale_warps, None, {}))
-    options = {**DEFAULT.options(warps), **others}
+    warps, registers = {"iterate": (DEFAULT.warps, DEFAULT.registers), "reduce": (DEFAULT.warps, None)}.get(
+        kernel.__name__, (DEFAULT.rescale_warps, None)
+    )
+    options = DEFAULT.options(warps)
     if registers and target.backend == "cuda":
         options |= {"maxnreg": registers}
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)

@@ -18,7 +18,6 @@ from fastsn.kernels import settings
 SMALL = settings.Settings(
     elements=32,
     warps=8,
-    together_elements=32,
     rows=4,
     many_blocks=8,
     last_tiles=6,

@@ -27,7 +27,7 @@ from fastsn.kernels import iteration_calls, memory, power_iteration, rescale, re
 
 BUILDER = interpreter.interpreter_builder
 KERNELS = {
-    power_iteration: ("iterate", "reduce", "iterate_together"),
+    power_iteration: ("iterate", "reduce"),
     rescale: ("rescale", "inner_products", "gradient"),
 }
 PLANS = (iteration_calls.Plan, rescale_calls._Forward, rescale_calls._Backward)
@@ -107,9 +107,8 @@ class RaceChecker:
     def know_arguments(self, kernel: str, arguments: tuple[Any, ...]) -> None:
         """Those of a launch."""
         if kernel in KERNELS[power_iteration]:
-            at = 3 if kernel == "iterate_together" else 2
-            self.know(*arguments[:at], *arguments[at + 1 : at + 2], *arguments[at + 3 :])
-            self._know_parts(self._plan, arguments[at], arguments[at + 2])
+            self.know(*arguments[:2], arguments[3], *arguments[5:])
+            self._know_parts(self._plan, arguments[2], arguments[4])
         else:
             self.know(*arguments)
 
@@ -122,7 +121,7 @@ class RaceChecker:
                     self._know(flat.data_ptr() + 4 * at, 4 * size)
             at = scratch.data_ptr() + 4 * place[6]
             for block in range(blocks):
-                self._know(at - 4 * tiles.own * (blocks - block), 4 * tiles.own * q)
+                self._know(at - 4 * tiles.own(a.n) * (blocks - block), 4 * tiles.own(a.n) * q)
             parts = [(p, a.rows), (q, a.rows * a.k), (p, blocks), (q, blocks)]
             for used, size in parts + [(p, a.n)] * blocks + [(q, a.b)] * blocks:
                 self._know(at, 4 * size * used)

@@ -62,7 +62,7 @@ if __name__ == "__main__":
     from fastsn.kernels import power_iteration, rescale, settings
 
     kernels = {
-        power_iteration: ("iterate", "reduce", "iterate_together"),
+        power_iteration: ("iterate", "reduce"),
         rescale: ("rescale", "inner_products", "gradient"),
     }
     for module, names in kernels.items():
@@ -74,8 +74,5 @@ if __name__ == "__main__":
     print()
     run([(8, 4, 4, 4), (16, 8, 3, 3), (8, 4, 4, 4), (6, 16)], [0, 0, 1, 0], 2, torch.bfloat16)
     run([(8, 4, 7)], [0], 0, torch.float16)
-    settings.use(replace(settings.DEFAULT, together=True, last_tiles=0), CPU)
-    run([(8, 4, 4, 4)], [0], 1, torch.float32)
-    run([(8, 4, 4, 4), (8, 4, 4, 4)], [0, 1], 2, torch.float32)
     settings.use(replace(settings.DEFAULT, last_tiles=0), CPU)
     run([(8, 4, 4, 4)], [0], 1, torch.float32)

@@ -39,7 +39,6 @@ SETTINGS = {
     "default": settings.DEFAULT,
     "small": SMALL,
     "small, sums apart": replace(SMALL, last_tiles=0),
-    "one cooperative launch": replace(settings.DEFAULT, together=True),
 }
 WEIGHTS = {"two weights": two, "the table": table, "larger weights": larger}
 

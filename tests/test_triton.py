@@ -106,9 +106,8 @@ def test_ways_to_launch_an_iteration_give_the_same(n):
     c = call(weights, dims, views_of(weights))
     with launched_with(last_tiles=1 << 30):
         expected = c.iterate(n)
-    for other in ({"last_tiles": 0}, {"together": True}, {"together": True, "last_tiles": 0}):
-        with launched_with(**other):
-            assert_same(c.iterate(n), expected, exactly="together" not in other)
+    with launched_with(last_tiles=0):
+        assert_same(c.iterate(n), expected, exactly=True)
 
 
 def test_a_weight_alone_and_among_others_has_the_same_bits():
@@ -145,7 +144,8 @@ def test_weights_that_are_not_aligned_give_the_same():
     assert all(w.data_ptr() % 16 for w in shifted)
     c = call(aligned, [0, 0], [3, 1])
     other = replace(c, weights=shifted)
-    assert_same(c.iterate(), other.iterate(), exactly=False)
+    for x, y in zip(c.iterate(), other.iterate(), strict=True):  # wide loads are added up on their own
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     ours, theirs = (x.rescale(*x.iterate())[0] for x in (c, other))
     assert_same(ours, theirs, exactly=False)
 
@@ -241,9 +241,7 @@ def test_counters_are_zero_again_after_every_launch():
 
     weights, dims = table()
     c = call(weights, dims, 3)
-    for together in (False, True):
-        with launched_with(together=together):
-            state = c.iterate(2)
+    state = c.iterate(2)
     with torch.no_grad():
         outputs, mean = c.rescale(*state)
         ops.rescale_backward(outputs, None, outputs, [], mean, state[1], *c.numbers())

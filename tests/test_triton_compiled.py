@@ -88,7 +88,7 @@ def test_whole_lists_compile_as_the_jit_specialises_them():
     assert result.returncode == 0, result.stderr[-2000:]
     first, _, others = result.stdout.partition("\n\n")
     found = [line.split() for line in (first + "\n" + others).split("\n")[:-1]]
-    names = {"iterate", "reduce", "iterate_together", "rescale", "inner_products", "gradient"}
+    names = {"iterate", "reduce", "rescale", "inner_products", "gradient"}
     assert {name for name, _, _ in found} == names
     assert all(compiled == "True" for _, _, compiled in found)
     once = {tuple(line.split()) for line in first.split("\n")}

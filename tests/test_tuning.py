@@ -28,12 +28,12 @@ def gpu(monkeypatch, tmp_path):
 
 
 def cost(tried: Settings) -> float:
-    return abs(tried.rows - 16) + abs(tried.warps - 4) + (0 if tried.together else 1)
+    return abs(tried.rows - 16) + abs(tried.warps - 4)
 
 
 def test_the_best_is_kept_and_in_force(gpu):
     best = launch.tune(measure=cost)
-    assert best == replace(DEFAULT, rows=16, warps=4, together=True)
+    assert best == replace(DEFAULT, rows=16, warps=4)
     assert settings.current(GPU) == best
     assert json.loads(gpu.read_text()) == asdict(best)
     settings._known.clear()  # as another process would

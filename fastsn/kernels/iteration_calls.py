@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from fastsn.kernels import power_iteration as kernels
 from fastsn.kernels.arrangement import arranged
 from fastsn.kernels.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
 from fastsn.kernels.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
-from fastsn.kernels.settings import REGISTERS, Settings, current
+from fastsn.kernels.settings import Settings, current
 
 _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
 
@@ -62,7 +61,6 @@ class Plan:
     ) -> None:
         self.device, self.weights, self.views, self.settings = device, weights, views, settings
         self.tables = memory.Tables()
-        self.warps = settings.together_warps if settings.together else settings.warps
         self.tiles = [settings.tiles(w.arrangement, settings.tile) for w in weights]
         self.vectors = self.scratch = self.sigmas = 0
         self.places = [self._place(i) for i in range(len(weights))]
@@ -76,11 +74,6 @@ class Plan:
         self.phases = [phase for modes in passes for phase in self._phases(modes)]
         self.kinds = tuple(self._kinds.found)
         self.sent = [phase.sent(device) for phase in self.phases]
-        if settings.together:
-            together = Launch([x for phase in self.phases for x in phase.work])
-            self.together = together.sent(device)
-            ends = accumulate(phase.programs for phase in self.phases)
-            self.ends = memory.Sent(list(ends), device, torch.int32)
 
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
@@ -90,7 +83,7 @@ class Plan:
         in_row, in_class = places[0] >= 0, places[2] >= 0
         after = self.sigmas + (in_row and in_class)  # sigma of `out` comes first: of the class matrix where turned
         row, cls = (after, self.sigmas) if a.turned else (self.sigmas, after)
-        scratch = self.scratch + -(-tiles.blocks * tiles.own // 4) * 4  # what blocks have to themselves comes before
+        scratch = self.scratch + tiles.blocks * tiles.own(a.n)  # what blocks have to themselves comes before
         self.vectors += size
         self.sigmas += in_row + in_class
         self.scratch = scratch + -(-(a.rows * (1 + a.k) + tiles.blocks * (2 + a.n + a.b)) // 4) * 4
@@ -141,33 +134,15 @@ class Plan:
         scratch = torch.empty(self.scratch, dtype=torch.float32, device=device)
         shared = (vectors, sigma, scratch, memory.counters(len(weights), device))
         keep = int(store and n > 0)
-        if self.settings.together:
-            self._launch_together(table, shared, max(n, 1), keep)
-            return sigma, vectors
         for round_ in range(max(n, 1)):
             for phase, work in zip(self.phases, self.sent, strict=True):
                 arguments = (table, work.here(), *shared, int(round_ == 0), keep)
                 by_rows = phase.work[2] >= 0
                 kernel = kernels.iterate if by_rows else kernels.reduce
                 extra = {"KINDS": self.kinds, **self._at_most(self.settings.registers)} if by_rows else {}
-                options = self.settings.options(self.warps)
-                kernel[(phase.programs,)](*arguments, **extra, FINISH=self.settings.finish(self.warps), **options)
+                options = self.settings.options(self.settings.warps)
+                kernel[(phase.programs,)](*arguments, **extra, FINISH=self.settings.finish, **options)
         return sigma, vectors
-
-    def _launch_together(self, table: Tensor, shared: tuple[Tensor, ...], rounds: int, keep: int) -> None:
-        """One program per multiprocessor at most, so that all of them run at once and can wait for each other."""
-        device, settings = self.device, self.settings
-        programs = max(phase.programs for phase in self.phases)
-        if device.type == "cuda":
-            programs = min(programs, torch.cuda.get_device_properties(device).multi_processor_count)
-        else:
-            programs = 1  # the interpreter runs one program after the other: a second would be waited for in vain
-        barrier = memory.barrier(programs, device)
-        kernels.iterate_together[(programs,)](
-            table, self.together.here(), self.ends.here(), *shared, barrier, rounds, keep,
-            PHASES=len(self.phases), KINDS=self.kinds, FINISH=settings.finish(self.warps), launch_cooperative_grid=True,
-            **settings.options(self.warps), **self._at_most(REGISTERS["iterate_together"]),
-        )  # fmt: skip
 
     def _at_most(self, registers: int) -> dict[str, int]:
         """An option that only compilers for NVIDIA's GPUs have."""

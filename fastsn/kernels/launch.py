@@ -21,17 +21,16 @@ from fastsn.kernels.settings import Settings
 
 # What is tried, one after the other, each from the best so far.
 CANDIDATES: tuple[dict[str, Any], ...] = (
-    *({"warps": warps} for warps in (4, 8)),
-    *({"warps": 32, "registers": 64, "elements": elements} for elements in (256, 512)),
-    *({"elements": elements} for elements in (256, 1024)),
-    *({"rows": rows} for rows in (4, 16, 32)),
+    *({"warps": warps} for warps in (4, 16)),
+    {"elements": 512},
+    {"elements": 2048, "rescale_warps": 4},
+    *({"rows": rows} for rows in (4, 16)),
     *({"near": near} for near in (40 << 10, 1 << 30)),
-    *({"last_tiles": tiles} for tiles in (0, 64, 1 << 30)),
-    *({"group": group, "columns": columns} for group, columns in ((8, 256), (16, 128), (32, 128), (64, 128))),
+    {"last_tiles": 8},
+    *({"group": group, "columns": columns} for group, columns in ((64, 32), (64, 64), (32, 128), (256, 16))),
     *({"vector": vector} for vector in (2048, 8192)),
-    *({"rescale_warps": warps} for warps in (2, 8)),
-    *({"chunk": chunk} for chunk in (4096, 16384)),
-    {"together": True},
+    *({"rescale_warps": warps, "elements": elements} for warps, elements in ((4, 512), (4, 1024), (8, 512))),
+    *({"chunk": chunk} for chunk in (16384,)),
 )
 
 

@@ -19,7 +19,6 @@ _TABLES = 64  # tables that a plan keeps; a network whose gradients come back to
 
 _kept: list[Any] = []  # what graphs have seen
 _counters: dict[tuple[torch.device, int], Tensor] = {}
-_barriers: dict[tuple[torch.device, int, int], Tensor] = {}
 _arena: list[Tensor] = []
 
 
@@ -97,17 +96,6 @@ def counters(count: int, device: torch.device) -> Tensor:
     if found is None or found.numel() < count:
         found = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device)
         _counters[device, stream] = found
-    return found
-
-
-def barrier(programs: int, device: torch.device) -> Tensor:
-    """The counter of a grid of that many programs, which only ever grows."""
-    if capturing(device):
-        return torch.zeros(1, dtype=torch.int64, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _barriers.get((device, stream, programs))
-    if found is None:
-        found = _barriers[device, stream, programs] = torch.zeros(1, dtype=torch.int64, device=device)
     return found
 
 

@@ -37,13 +37,17 @@ from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two
 
 
 @triton.jit
-def _scaled(raw, old, peak, bad, exponents, block):
+def _scaled(raw, old, mask, peak, bad, exponents, block):
     """Coefficients of the accumulating half: near 1 by a power of two that is noted. The old ones where all are 0, or
     one is ``bad``, that is not finite: then the block counts only if no other has anything better."""
     exponent = exponent_of(peak)
-    nothing = (peak == 0.0) | (bad > 0)
-    tl.store(exponents + block, tl.where(nothing, NOTHING, exponent))
-    return tl.where(nothing, old, raw * power_of_two(-exponent))
+    if (peak == 0.0) | (bad > 0):
+        tl.store(exponents + block, NOTHING)
+        scaled = tl.load(old, mask=mask, other=0.0)
+    else:
+        tl.store(exponents + block, exponent)
+        scaled = raw * power_of_two(-exponent)
+    return scaled
 
 
 @triton.jit
@@ -74,7 +78,7 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
     q_exponents = p_exponents + blocks
     x_sums = q_exponents + blocks + block.to(tl.int64) * n
     z_sums = q_exponents + blocks + blocks * n + block.to(tl.int64) * b
-    own = p_raw - (blocks - block) * ((BO if BO > 1 else 2) * BI)
+    own = p_raw - (blocks - block) * ((tl.maximum(n, BO * BI) + 3) // 4 * 4)
     if BI % 4 == 0:
         own = tl.multiple_of(own, 16)
     if (
@@ -99,9 +103,9 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
         x = state_of(row, 1, flat, 0 if MODE == LOCAL else first)
         z = state_of(row, 3, flat, 0 if MODE == LOCAL else first)
         if KB:
-            p, q = local_by_position(starts, o, in_rows, b, k, x, z, q_raw, P, Q, BO, BI, KP)
+            p, q = local_by_position(starts, o, in_rows, b, k, x, z, q_raw, P, Q, BO, BI, KP, VEC)
         else:
-            p, q = local_flat(starts, o, in_rows, n, x, z, q_raw, own, P, Q, BO, BI, USED, K_, KP)
+            p, q = local_flat(starts, o, in_rows, n, x, z, q_raw, own, P, Q, BO, BI, USED, K_, KP, VEC)
         if P:
             tl.store(p_raw + o, p, mask=in_rows)
     else:
@@ -110,32 +114,34 @@ def block_of_rows(row, block, flat, scratch, first, KINDS: tl.constexpr, NUMBER:
 
     if MODE == FUSED or MODE == ACCUMULATE:
         if P:
-            p_old = tl.load(state_of(row, 0, flat, first) + o, mask=in_rows, other=0.0)
+            p_old = state_of(row, 0, flat, first) + o
             if MODE == FUSED:
                 size = tl.where(in_rows, tl.abs(p), 0.0)
                 bad = tl.max(tl.where(size < float("inf"), 0, 1), axis=0)
-                p = _scaled(p, p_old, tl.max(size, axis=0), bad, p_exponents, block)
+                p = _scaled(p, p_old, in_rows, tl.max(size, axis=0), bad, p_exponents, block)
             else:
-                p = p_old
+                p = tl.load(p_old, mask=in_rows, other=0.0)
                 tl.store(p_exponents + block, 0.0)
         if Q:
-            q_old = tl.load(state_of(row, 2, flat, first) + o[:, None] * k + kk[None, :], mask=in_q, other=0.0)
+            q_old = state_of(row, 2, flat, first) + o[:, None] * k + kk[None, :]
             if MODE == FUSED:
                 sizes = tl.where(in_q, tl.abs(q), 0.0)
                 bad = tl.max(tl.max(tl.where(sizes < float("inf"), 0, 1), axis=1), axis=0)
                 peak = tl.max(tl.max(sizes, axis=1), axis=0)
-                q = _scaled(q, q_old, peak, bad, q_exponents, block)
+                q = _scaled(q, q_old, in_q, peak, bad, q_exponents, block)
             else:
-                q = q_old
+                q = tl.load(q_old, mask=in_q, other=0.0)
                 tl.store(q_exponents + block, 0.0)
         if KB:
             accumulate_by_position(starts, in_rows, b, k, p, q, x_sums, z_sums, P, Q, BI, KP)
         else:
-            accumulate_flat(starts, in_rows, n, p, q, x_sums, z_sums, own, P, Q, BI, USED, K_, KP)
+            accumulate_flat(starts, in_rows, n, p, q, x_sums, z_sums, own, P, Q, BO, BI, USED, K_, KP)
 
 
-@triton.jit
-def _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS: tl.constexpr, FINISH: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "store"])
+def iterate(table, work, flat, sigma, scratch, counters, first, store, KINDS: tl.constexpr, FINISH: tl.constexpr):
+    """Blocks of rows. work, per program: (weight, block, kind, mode, 1 if another launch adds the blocks up)."""
+    item = work + 5 * tl.program_id(0)
     layer = tl.load(item)
     row = table + layer * COLUMNS
     kind = tl.load(item + 2)
@@ -147,10 +153,12 @@ def _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS
             finish(row, tl.load(item + 3), 0, flat, sigma, scratch, first, store, FINISH)
 
 
-@triton.jit
-def _columns_item(table, item, flat, sigma, scratch, counters, first, store, FINISH: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "store"])
+def reduce(table, work, flat, sigma, scratch, counters, first, store, FINISH: tl.constexpr):
+    """Sums of weights with many blocks. work, per program: (weight, tile of columns, -1, mode, tiles)."""
     BG: tl.constexpr = FINISH[0]
     BC: tl.constexpr = FINISH[1]
+    item = work + 5 * tl.program_id(0)
     layer = tl.load(item)
     row = table + layer * COLUMNS
     rows = tl.load(row + ROWS).to(tl.int32)
@@ -166,51 +174,3 @@ def _columns_item(table, item, flat, sigma, scratch, counters, first, store, FIN
         gather(x_sums + blocks * b * k, b, exponents + blocks, blocks, begin, BG, BC)
     if last_to_arrive(counters, layer, tl.load(item + 4)):
         finish(row, tl.load(item + 3), 1, flat, sigma, scratch, first, store, FINISH)
-
-
-@triton.jit(do_not_specialize=["first", "store"])
-def iterate(table, work, flat, sigma, scratch, counters, first, store, KINDS: tl.constexpr, FINISH: tl.constexpr):
-    """Blocks of rows. work, per program: (weight, block, kind, mode, 1 if another launch adds the blocks up)."""
-    item = work + 5 * tl.program_id(0)
-    _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS, FINISH)
-
-
-@triton.jit(do_not_specialize=["first", "store"])
-def reduce(table, work, flat, sigma, scratch, counters, first, store, FINISH: tl.constexpr):
-    """Sums of weights with many blocks. work, per program: (weight, tile of columns, -1, mode, tiles)."""
-    _columns_item(table, work + 5 * tl.program_id(0), flat, sigma, scratch, counters, first, store, FINISH)
-
-
-@triton.jit
-def _all_programs(barrier):
-    """Waits for every program of the grid, all of which must be running: a cooperative launch. The counter only grows,
-    by a multiple of the grid, so that nobody has to reset it."""
-    programs = tl.num_programs(0)
-    tl.debug_barrier()
-    target = (tl.atomic_add(barrier, 1, sem="acq_rel", scope="gpu") // programs + 1) * programs
-    while tl.atomic_add(barrier, 0, sem="acquire", scope="gpu") < target:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["rounds", "store"])
-def iterate_together(
-    table, work, phases, flat, sigma, scratch, counters, barrier, rounds, store,
-    PHASES: tl.constexpr, KINDS: tl.constexpr, FINISH: tl.constexpr,
-):  # fmt: skip
-    """All rounds and their phases in one launch, a barrier after each. phases: where each phase's work ends."""
-    programs = tl.num_programs(0)
-    for round_ in range(0, rounds):
-        first = tl.where(round_ == 0, 1, 0)
-        begin = 0
-        for phase in range(0, PHASES):
-            end = tl.load(phases + phase)
-            for j in range(begin + tl.program_id(0), end, programs):
-                item = work + 5 * j
-                if tl.load(item + 2) >= 0:
-                    _block_item(table, item, flat, sigma, scratch, counters, first, store, KINDS, FINISH)
-                else:
-                    _columns_item(table, item, flat, sigma, scratch, counters, first, store, FINISH)
-            begin = end
-            if (phase < PHASES - 1) | (round_ < rounds - 1):
-                _all_programs(barrier)

@@ -20,18 +20,19 @@ from fastsn.kernels.shared import tile
 @triton.jit
 def local_flat(
     starts, o, in_rows, n, x, z, q_raw, own, P: tl.constexpr, Q: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    USED: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    USED: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """<row, x>, and the class matrix's q of every lane's position, which is also stored."""
     lane = tl.arange(0, BI)
-    p_terms = tl.zeros((BO, BI), tl.float32)
+    p_terms = tl.zeros((BO, BI // VEC), tl.float32)  # of the elements of one load: they are one thread's
     q_terms = tl.zeros((BO, BI), tl.float32)
     for begin in range(0, n, USED):
         at = begin + lane
         inside = (lane < USED) & (at < n)
         w = tl.load(starts[:, None] + at[None, :], mask=in_rows[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if P:
-            p_terms += w * tl.load(x + at, mask=inside, other=0.0)[None, :]
+            products = w * tl.load(x + at, mask=inside, other=0.0)[None, :]
+            p_terms += tl.sum(tl.reshape(products, (BO, BI // VEC, VEC)), axis=2)
         if Q:
             q_terms += w * tl.load(z + (begin // K + lane // K), mask=inside, other=0.0)[None, :]
     p = tl.sum(p_terms, axis=1)
@@ -44,9 +45,11 @@ def local_flat(
         else:
             tl.store(own + here[:, None] * BI + lane[None, :], q_terms)
             tl.debug_barrier()
-            G: tl.constexpr = BI // KP  # channels at a time: as many elements as the tile has
+            G: tl.constexpr = (
+                BI // KP // 2 if BI // KP > 1 else 1
+            )  # channels at a time: half as many elements as a tile
             q_sums = tl.zeros((BO, KP), tl.float32)
-            for begin in tl.static_range(0, USED // K, G):
+            for begin in range(0, USED // K, G):
                 i = begin + tl.arange(0, G)
                 mask = (i < USED // K)[:, None] & (kk < K)[None, :]
                 from_ = own + i[:, None] * K + kk[None, :]
@@ -60,13 +63,11 @@ def local_flat(
 
 @triton.jit
 def accumulate_flat(
-    starts, in_rows, n, p, q, x_sums, z_sums, own, P: tl.constexpr, Q: tl.constexpr, BI: tl.constexpr,
-    USED: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    starts, in_rows, n, p, q, x_sums, z_sums, own, P: tl.constexpr, Q: tl.constexpr, BO: tl.constexpr,
+    BI: tl.constexpr, USED: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of p times row, and of q times row."""
     lane = tl.arange(0, BI)
-    kk = tl.arange(0, KP)
-    half = 0
     for begin in range(0, n, USED):
         at = begin + lane
         inside = (lane < USED) & (at < n)
@@ -80,33 +81,35 @@ def accumulate_flat(
                 z_part = tl.sum(tl.reshape(z_terms, (BI // K, K)), axis=1)
                 tl.store(z_sums + begin // K + i, z_part, mask=begin + i * K < n)
             else:
-                # Two places by turns: one barrier a tile.
-                tl.store(own + half + lane, z_terms)
-                tl.debug_barrier()
-                G: tl.constexpr = 2 * BI // KP  # enough for all channels of a tile
-                i = tl.arange(0, G)
-                there = (i < USED // K) & (begin + i * K < n)
-                mask = there[:, None] & (kk < K)[None, :]
-                terms = tl.load(own + half + i[:, None] * K + kk[None, :], mask=mask, other=0.0)
-                tl.store(z_sums + begin // K + i, tl.sum(terms, axis=1), mask=there)
-                half = BI - half
+                tl.store(own + at, z_terms, mask=inside)
+    if Q and K != KP:
+        tl.debug_barrier()
+        kk = tl.arange(0, KP)
+        G: tl.constexpr = BO * BI // KP  # channels at a time: as many elements as a tile has
+        for begin in range(0, n // K, G):
+            i = begin + tl.arange(0, G)
+            terms = tl.load(
+                own + i[:, None] * K + kk[None, :], mask=(i < n // K)[:, None] & (kk < K)[None, :], other=0.0
+            )
+            tl.store(z_sums + i, tl.sum(terms, axis=1), mask=i < n // K)
 
 
 @triton.jit
 def local_by_position(
     starts, o, in_rows, b, k, x, z, q_raw, P: tl.constexpr, Q: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    KP: tl.constexpr,
+    KP: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """<row, x>, and the class matrix's q of every lane's position, which is also stored."""
     kk = tl.arange(0, KP * BI) // BI
-    p_terms = tl.zeros((BO, KP * BI), tl.float32)
+    p_terms = tl.zeros((BO, KP * BI // VEC), tl.float32)
     q_terms = tl.zeros((BO, KP * BI), tl.float32)
     for begin in range(0, b, BI):
         i, inside, at = tile(begin, b, k, BI, KP)
         mask = in_rows[:, None] & inside[None, :]
         w = tl.load(starts[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
         if P:
-            p_terms += w * tl.load(x + i * k + kk, mask=inside, other=0.0)[None, :]
+            products = w * tl.load(x + i * k + kk, mask=inside, other=0.0)[None, :]
+            p_terms += tl.sum(tl.reshape(products, (BO, KP * BI // VEC, VEC)), axis=2)
         if Q:
             q_terms += w * tl.load(z + i, mask=inside, other=0.0)[None, :]
     q = tl.zeros((BO, KP * BI), tl.float32)

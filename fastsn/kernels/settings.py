@@ -45,28 +45,25 @@ class Tiles:
         period = math.lcm(self.k, width)
         return self.bo, self.bi, self.bi // period * period, self.k, self.kp, False, width
 
-    @property
-    def own(self) -> int:
-        """Floats of the scratch that each block has to itself: a tile, or two places for sums over its rows."""
-        return 0 if self.kb or self.k == self.kp else max(self.bo, 2) * self.bi
+    def own(self, n: int) -> int:
+        """Floats of the scratch that each block of rows of ``n`` elements has to itself: for a tile, or for a row."""
+        return 0 if self.kb or self.k == self.kp else -(-max(self.bo * self.bi, n) // 4) * 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of tiles and of programs. Registers per thread were read from programs compiled for sm_90.
+    """Sizes of tiles and of programs. Measured on an H200 (bench/results/nvidia-h200), registers per thread read from
+    programs compiled for sm_90.
 
-    Iteration: a multiprocessor of an H100 needs some 18 KB under way to read at the speed of memory (3.35 TB/s of 132
-    multiprocessors, 0.7 µs of latency), whatever its programs are. One program of 16 warps has 32 KB under way in four
-    loads of 16 bytes per thread, and so have four of 4 warps; but its block of rows may be four times as large where
-    those of all programs have to stay in the L2 cache, it goes through a row in a quarter of the steps where there are
-    few programs, and what comes last takes a quarter of the trips.
+    Iteration: a warp's loads of 16 bytes cover 128 columns of a row, and each of its threads has the same columns of
+    all rows of the block: sums over rows stay in a thread, and x and z arrive where they are used, without a barrier.
+    Two programs of 8 warps fit on a multiprocessor, so that one reads while the other waits at a barrier of its own.
     """
 
-    # Elements of a tile for each warp: 16 floats per thread and accumulator, which with two accumulators and the weight
-    # stays within the 128 registers that each of 512 threads of a multiprocessor can have.
-    elements: int = 512
-    warps: int = 16
-    # Registers per thread that an iteration may have: without a bound, ptxas sometimes takes 96 and spills.
+    # Elements of a tile for each warp: 32 floats per thread, of 8 rows.
+    elements: int = 1024
+    warps: int = 8
+    # Registers per thread that an iteration may have: two programs of 8 warps have 128.
     registers: int = 128
     # Rows of a block: each block writes sums of the length of a row (two for BSSN), so 2/8 of W is written and read
     # again. Fewer rows make more programs, which a small network needs to fill a GPU.
@@ -75,33 +72,25 @@ class Settings:
     many_blocks: int = 128
     # Elements of the rows that the programs of a multiprocessor may hold, for which the second half of an iteration
     # comes back: 132 times 80 Ki floats are 43 MB of an H100's 50 MB of L2, 108 times as much 35 of an A100's 40.
-    # 4096 columns: blocks of 16 rows. 1024 x 3 x 3: of 8. Beyond that, fewer rows.
+    # 4096 columns: blocks of 8 rows. 1024 x 3 x 3: of 4. Beyond that, fewer rows.
     near: int = 80 << 10
     # The last program of a weight adds up its blocks' sums, tile by tile, unless it has more tiles than this to go
-    # through: then a second launch does. A tile waits for the L2 cache once, some 0.3 µs; a launch in a graph costs
-    # about 2.
-    last_tiles: int = 8
-    # Blocks that are added at a time, and of how many columns: 8 floats per thread; with 16, iterations for sm_80 spill
-    # (Triton 3.9). 128 blocks take 4 trips to L2.
-    group: int = 32
-    columns: int = 128
-    vector: int = 4096  # elements of a vector that are normalised at a time: 8 per thread, in float64 where multiplied
+    # through: then a second launch does, in as many programs as there are tiles. On an H200 that is faster for any
+    # network: 13 of 60 µs for the CNN of CIFAR10.
+    last_tiles: int = 0
+    # Blocks that are added at a time, and of how many columns: 16 floats per thread.
+    group: int = 128
+    columns: int = 32
+    vector: int = 4096  # elements of a vector that are normalised at a time: 16 per thread, in float64 where multiplied
     # Elements that a program of the kernels of rescaling goes through, in steps of a tile.
     chunk: int = 8192
-    rescale_warps: int = 4
-    # All phases of an iteration in one cooperative launch, with barriers of the whole grid between them, instead of one
-    # launch for each. Off until a measurement says for which sizes it wins. Rescaling remains a launch: it is another
-    # op (one that moves u and v cannot return a list), and a barrier of the grid waits as long as a launch in a graph.
-    together: bool = False
-    # One program per multiprocessor, with 255 registers; more elements for each warp spill (Triton 3.6).
-    together_warps: int = 8
-    together_elements: int = 256
+    rescale_warps: int = 8
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is not type(getattr(type(self), name)):
                 raise ValueError(f"{name} must be of type {type(getattr(type(self), name)).__name__}, got {value!r}")
-            if name not in ("together", "last_tiles", "many_blocks", "registers", "near") and (
+            if name not in ("last_tiles", "many_blocks", "registers", "near") and (
                 value < 1 or value != power_of_two(value)
             ):
                 raise ValueError(f"{name} must be a power of two, got {value}")
@@ -117,14 +106,15 @@ class Settings:
         """Of every launch. Fused multiply-add is asked for: Triton 3.10 no longer uses it by default."""
         return {"num_warps": warps, "enable_fp_fusion": True}
 
-    def finish(self, warps: int) -> tuple[int, int, int]:
-        """The tile sizes of the part that adds up and normalises, in programs of so many warps."""
-        return max(self.group * warps // self.warps, 1), self.columns, max(self.vector * warps // self.warps, 1)
+    @property
+    def finish(self) -> tuple[int, int, int]:
+        """The tile sizes of the part that adds up and normalises."""
+        return self.group, self.columns, self.vector
 
     @property
     def tile(self) -> int:
         """Elements that a program of an iteration takes at a time."""
-        return self.together_elements * self.together_warps if self.together else self.elements * self.warps
+        return self.elements * self.warps
 
     @property
     def step(self) -> int:
@@ -163,7 +153,6 @@ DEFAULT = Settings()
 REGISTERS = {
     "iterate": 128,
     "reduce": 128,
-    "iterate_together": 255,
     "rescale": 96,
     "inner_products": 128,
     "gradient": 128,
