@@ -63,7 +63,7 @@ def chosen(impl: str, weight: Tensor) -> str:
             return "reference"
         if kernels == "triton" and torch.version.hip is not None:
             return "reference"  # see fastsn/kernels/shared.py, last_to_arrive
-        if served_by(kernels, device).available:
+        if _serves(kernels, device.index or 0):
             return kernels
         if kernels == "cpp":
             _warn_once()
@@ -72,8 +72,8 @@ def chosen(impl: str, weight: Tensor) -> str:
     if _DEVICES.get(device.type) != impl:
         wanted = next(name for name, kernels in _DEVICES.items() if kernels == impl)
         raise ValueError(f"impl={impl!r} needs weights on {wanted}, got one on {device}")
-    if not served_by(impl, device).available:
-        raise RuntimeError(f"impl={impl!r} does not serve {device}: {served_by(impl, device).detail}")
+    if not _serves(impl, device.index or 0):
+        raise RuntimeError(f"impl={impl!r} does not serve {device}: {served_by(impl, device.index or 0).detail}")
     if weight.dtype not in _DTYPES[impl]:
         kinds = [str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl]]
         raise TypeError(f"impl={impl!r} needs {', '.join(kinds[:-1])} or {kinds[-1]} weights, got {weight.dtype}")
@@ -96,9 +96,15 @@ def _warn_once() -> None:
         )
 
 
-def served_by(impl: str, device: torch.device) -> Backend:
-    """Whether kernels can serve a device of their kind."""
-    return _CPP if impl == "cpp" else triton(device.index or 0)
+def served_by(impl: str, index: int) -> Backend:
+    """Whether kernels can serve the device of their kind that has this number."""
+    return _CPP if impl == "cpp" else triton(index)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _serves(impl: str, index: int) -> bool:
+    """The same in a word. A graph that is traced takes the answer, and does not see how Triton is looked for."""
+    return served_by(impl, index).available
 
 
 @cache

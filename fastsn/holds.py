@@ -104,9 +104,11 @@ class Holds:
         several, each call gives the next."""
         node, here = torch._C._current_autograd_node(), region()
         at = -1 if node is None else node._sequence_nr()
-        known = sorted(
-            (*self._ended, *self._again, *(entry.hold for entry in self._lasting)), key=lambda hold: hold.begin
-        )
+        # A backward's nodes were made before it began. What begins in it has numbers of its own where another thread
+        # runs it, as on a GPU.
+        task = torch._C._current_graph_task_id()
+        again = (hold for hold in self._again if hold.task != task)
+        known = sorted((*self._ended, *again, *(entry.hold for entry in self._lasting)), key=lambda hold: hold.begin)
         before = [hold for hold in known if hold.begin <= at]
         newest = next((hold for hold in reversed(before) if hold.around(at)), before[-1] if before else None)
         if here is None and isinstance(node, torch.autograd.function.FunctionCtx):
@@ -126,7 +128,7 @@ class Holds:
             return newest or known[0]
         if not own:
             return newest or (self._lasting[-1].hold if self._lasting else None)
-        key = (torch._C._current_graph_task_id(), at, here)
+        key = (task, at, here)
         count = self._asked[1] + 1 if self._asked[0] == key else 0
         self._asked = (key, count)
         return own[min(count, len(own) - 1)]

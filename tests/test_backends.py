@@ -283,6 +283,19 @@ def test_cpp_asked_for_what_it_cannot_do():
     fastsn.SNLinear(3, 4)(torch.randn(2, 3))
 
 
+def test_the_choice_can_be_made_while_a_graph_is_traced(monkeypatch):
+    """Before anything has run: the search for an installed Triton cannot be traced."""
+    module = sys.modules["fastsn.backends"]
+    monkeypatch.setitem(module._DEVICES, "cpu", "triton")
+    monkeypatch.setattr(module, "triton", lambda _: Backend(True, importlib.metadata.version("torch")))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def served(weight: torch.Tensor) -> torch.Tensor:
+        return weight + (1 if module.chosen("auto", weight) == "triton" else 2)
+
+    assert served(torch.zeros(1)) == 1
+
+
 @pytest.mark.skipif(not HAS_CPP, reason="needs the C++ kernels")
 def test_kernels_serve_what_they_can_and_the_reference_the_rest(monkeypatch):
     """If the reference were asked where the kernels can, this would raise."""
@@ -305,7 +318,7 @@ def test_kernels_serve_what_they_can_and_the_reference_the_rest(monkeypatch):
 def test_gpus_of_amd_are_left_to_the_reference_unless_asked_for(monkeypatch):
     weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
     module = sys.modules["fastsn.backends"]
-    monkeypatch.setattr(module, "served_by", lambda *_: Backend(True, "a GPU"))
+    monkeypatch.setattr(module, "triton", lambda _: Backend(True, "a GPU"))
     monkeypatch.setattr(module, "available", lambda impl: impl)
     assert module.chosen("auto", weight) == "triton"
     monkeypatch.setattr(torch.version, "hip", "6.3")

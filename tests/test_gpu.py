@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -75,13 +76,22 @@ def test_a_captured_step_replayed_a_hundred_times_is_the_eager_one(scope):
         )
 
 
+def test_a_compiled_model_that_has_not_run_before():
+    net, eager = discriminator(), discriminator()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = images()[0]
+    torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_warm_step_waits_for_nothing():
     net = discriminator()
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
     real, fake = images()
     for _ in range(3):
         train(net, optimizer, real, fake)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             train(net, optimizer, real, fake)

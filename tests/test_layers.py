@@ -83,7 +83,7 @@ def test_arguments_of_the_torch_layer_are_passed_on():
     lookup(torch.tensor([0, 3])).sum().backward()
     assert lookup.weight.grad.isfinite().all()
     pretrained = fastsn.SNEmbedding.from_pretrained(torch.eye(3) * 5)
-    assert torch.equal(pretrained(torch.arange(3)), torch.eye(3))
+    torch.testing.assert_close(pretrained(torch.arange(3)), torch.eye(3))
     assert not pretrained.weight.requires_grad
 
 

@@ -348,9 +348,10 @@ def test_weights_at_the_ends_of_the_range_are_finite_and_right(size, dim):
 
 @pytest.mark.parametrize("size", [1e-310, 1e-300, 1e300])
 def test_float64_weights_at_the_ends_of_the_range(size):
-    c = call([torch.randn(5, 4, 3, dtype=torch.float64) * size], [0])
+    weight = torch.randn(5, 4, 3, dtype=torch.float64)
+    c = call([weight * size], [0])
     _, vectors = c.iterate(2)
-    c.weights = [c.weights[0] / size]
+    c.weights = [weight]
     torch.testing.assert_close(vectors, c.iterate(2)[1], rtol=1e-6, atol=1e-8)
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pytest
@@ -241,16 +242,18 @@ def test_every_region_gets_the_vectors_of_its_own_forward(scope, loss, reentrant
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_forward_that_is_too_long_ago_is_reported_and_moves_no_vector(fused, reentrant):
+def test_a_forward_that_is_too_long_ago_is_reported_and_moves_no_vector(fused, reentrant, elsewhere):
+    """``elsewhere``: backward runs in another thread, as it always does on a GPU."""
     net, x, y = far_from_converged(without_shared()), image(), image()
     if fused:
         fastsn.fuse(net)
     loss = many(lambda f, z: checkpoint(f, z, use_reentrant=reentrant), net, x, y, 18)
     before = [buffer.clone() for buffer in net.buffers()]
-    with pytest.warns(UserWarning, match="more than 16 uses of a norm ago"):
-        loss.backward()
+    with pytest.warns(UserWarning, match="more than 16 uses of a norm ago"), ThreadPoolExecutor(1) as thread:
+        thread.submit(loss.backward).result() if elsewhere else loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsn
+from conftest import ON
 
 VARIANTS = [("sn", 1.0), ("bssn", 1.5)]
 
@@ -179,4 +180,5 @@ def test_200_steps_hold_no_memory():
     train(20)  # the vectors of the last 16 are kept
     before = tensors()
     train(200)
-    assert tensors() <= before
+    # On a GPU a plan keeps the tables of the last places in which its tensors were.
+    assert tensors() <= before + (64 if ON == "cuda" else 0)
