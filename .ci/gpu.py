@@ -60,7 +60,9 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     count = min(os.cpu_count() or 1, 2 if rehearse else 16)
-    workers = [*pytest, "-p", "no:benchmark", "--dist", "worksteal", "-n", str(count)]
+    # Verbose: where time runs out, the log names what has failed until then.
+    workers = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    workers += ["--dist", "worksteal", "-n", str(count)]
     device = {"FASTSN_TEST_ON": "interpreter" if rehearse else "cuda", "OMP_NUM_THREADS": "1"}
     prepare = [
         Step("versions", 40, [python, "-c", VERSIONS, *(["rehearse"] if rehearse else [])]),

@@ -23,14 +23,14 @@ from fastsn.kernels.settings import Settings
 CANDIDATES: tuple[dict[str, Any], ...] = (
     *({"warps": warps} for warps in (4, 16)),
     {"elements": 512},
-    {"elements": 2048, "rescale_warps": 4},
+    {"elements": 2048},
     *({"rows": rows} for rows in (4, 16)),
-    *({"near": near} for near in (40 << 10, 1 << 30)),
+    {"near": 1 << 30},
     {"last_tiles": 8},
-    *({"group": group, "columns": columns} for group, columns in ((64, 32), (64, 64), (32, 128), (256, 16))),
+    *({"group": group, "columns": columns} for group, columns in ((64, 32), (128, 32), (32, 128), (64, 128))),
     *({"vector": vector} for vector in (2048, 8192)),
-    *({"rescale_warps": warps, "elements": elements} for warps, elements in ((4, 512), (4, 1024), (8, 512))),
-    *({"chunk": chunk} for chunk in (16384,)),
+    *({"rescale_warps": warps} for warps in (2, 8)),
+    {"chunk": 16384},
 )
 
 

@@ -70,21 +70,22 @@ class Settings:
     rows: int = 8
     # More rows, up to four times as many, as long as a weight has this many blocks: one for each multiprocessor.
     many_blocks: int = 128
-    # Elements of the rows that the programs of a multiprocessor may hold, for which the second half of an iteration
-    # comes back: 132 times 80 Ki floats are 43 MB of an H100's 50 MB of L2, 108 times as much 35 of an A100's 40.
-    # 4096 columns: blocks of 8 rows. 1024 x 3 x 3: of 4. Beyond that, fewer rows.
+    # Elements of the rows that the programs of a multiprocessor may hold where blocks have more rows, for the second
+    # half of an iteration comes back for them: 132 times 80 Ki floats are 43 MB of an H100's 50 MB of L2, 108 times as
+    # much 35 of an A100's 40. Blocks of 4096 columns stay at 8 rows, of 32 they would take 145 µs instead of 99; rows
+    # that are longer still (1024 x 3 x 3) are not worth smaller blocks: 158 µs with 4 rows, 129 with 8.
     near: int = 80 << 10
     # The last program of a weight adds up its blocks' sums, tile by tile, unless it has more tiles than this to go
     # through: then a second launch does, in as many programs as there are tiles. On an H200 that is faster for any
     # network: 13 of 60 µs for the CNN of CIFAR10.
     last_tiles: int = 0
     # Blocks that are added at a time, and of how many columns: 16 floats per thread.
-    group: int = 128
-    columns: int = 32
+    group: int = 64
+    columns: int = 64
     vector: int = 4096  # elements of a vector that are normalised at a time: 16 per thread, in float64 where multiplied
     # Elements that a program of the kernels of rescaling goes through, in steps of a tile.
     chunk: int = 8192
-    rescale_warps: int = 8
+    rescale_warps: int = 4
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -130,11 +131,9 @@ class Settings:
         return Tiles(bo, bi, a.k, kp, a.kb, -(-a.rows // bo))
 
     def block(self, a: Arrangement) -> int:
-        """Rows of a block: those that are set, more where there are many, fewer where they are too long."""
+        """Rows of a block: those that are set, more where there are many and they are not too long."""
         most = max(self.near * min(self.warps, 16) // 16 // a.n, 1)  # 16 warps of 128 registers fill a multiprocessor
         bo = self.rows
-        while bo > most:
-            bo //= 2
         while bo < 4 * self.rows and 2 * bo <= most and a.rows >= self.many_blocks * 2 * bo:
             bo *= 2
         return bo
