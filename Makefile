@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 
 demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/sn --norm sn --resume
-	$(BIN)/python train/digits.py --name digits/bssn --norm bssn --scale 1.4 --resume
+	$(BIN)/python train/digits.py --name digits/bssn --norm bssn --resume
 	$(BIN)/python train/compare.py runs/digits/sn runs/digits/bssn --out runs/digits/compare.png
 
 # Workers share the cores: threads that wait for others must not spin meanwhile.

@@ -1,6 +1,6 @@
 """How kernels are launched: tile shapes by the sizes of a weight.
 
-Nothing here was measured on a GPU yet: what each number rests on stands beside it. ``launch.tune`` measures.
+What each number rests on stands beside it. ``launch.tune`` measures what suits another GPU.
 """
 
 from __future__ import annotations
