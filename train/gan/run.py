@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -81,19 +82,23 @@ def _cpu() -> str:
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
     """What a figure of this run has to name: device, versions, commit."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a git checkout
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastsn": fastsn.__version__,
-        "commit": commit,
+        "commit": os.environ.get("FASTSN_COMMIT") or _commit(),
     }
+
+
+def _commit() -> str | None:
+    """As git says; None where this is no checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class _LogFile(logging.FileHandler):
