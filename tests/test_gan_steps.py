@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import fastsn
 import restated_bsn as restated
@@ -221,6 +222,33 @@ def test_resumed_training_has_the_same_bits():
     a, b = whole.state(), resumed.state()
     for part in ("generator", "discriminator", "average"):
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
+
+
+# torch's compiler hides this warning, but not from a filter that makes it an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.usefixtures("_in_float64")
+def test_compiled_networks_train_to_the_same_weights(monkeypatch):
+    """Traced, and run by torch's own kernels, which takes no C++ compiler."""
+    compiler, traced = torch.compile, []
+
+    def without_a_compiler(net: nn.Module) -> nn.Module:
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+            traced.append(type(net).__name__)
+            return aot_eager(graph, inputs)
+
+        return compiler(net, backend=backend)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    plain, compiled = (Training(tiny(norm="bssn", scale=1.3, compile=c), 3, 0, CPU) for c in (False, True))
+    for training in (plain, compiled):
+        given = batches()
+        for _ in range(2):
+            training.advance(given)
+    assert set(traced) == {"Generator", "Discriminator"}
+    a, b = plain.state(), compiled.state()
+    for part in ("generator", "discriminator"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=1e-9)
 
 
 def test_labels_come_with_images_and_fakes():
