@@ -119,12 +119,11 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
 
 
 def needs(binary: Any, target: GPUTarget) -> dict[str, Any]:
-    """Registers per thread, what went to memory for want of them, loads of 16 bytes in the PTX, and, of the whole
-    program and of each of its loops over tiles, what ``counted`` counts."""
+    """Registers per thread, loads of 16 bytes in the PTX, and, of the whole program and of each of its loops over tiles,
+    what ``counted`` counts."""
     if target.backend == "hip":
         text = binary.asm["amdgcn"]
-        number = {n: int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "private_segment_fixed_size")}
-        return {"registers": number["vgpr_count"], "spilled": number["private_segment_fixed_size"]}
+        return {"registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -136,9 +135,7 @@ def needs(binary: Any, target: GPUTarget) -> dict[str, Any]:
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4", binary.asm["ptx"]))
     instructions, loops = disassembled(code)
     over_tiles = [found for found in map(counted, loops) if found["loads of 16 bytes"]]
-    spilled = sum(x.startswith(("STL", "LDL")) for x in instructions)  # a stack may be there and never be used
-    found = {"registers": registers, "spilled": spilled, "wide": wide}
-    return {**found, "program": counted(instructions), "loops": over_tiles}
+    return {"registers": registers, "wide": wide, "program": counted(instructions), "loops": over_tiles}
 
 
 def disassembled(code: str) -> tuple[list[str], list[list[str]]]:
@@ -159,7 +156,8 @@ def disassembled(code: str) -> tuple[list[str], list[list[str]]]:
 
 
 def counted(instructions: list[str]) -> dict[str, int]:
-    """How many there are, shuffles between lanes, barriers, loads from global memory and how many of those are wide."""
+    """How many there are, shuffles between lanes, barriers, loads from global memory and how many of those are wide, and
+    those to and from the memory that takes what registers have no room for."""
     loads = [x for x in instructions if x.startswith("LDG")]
     return {
         "instructions": sum(not x.startswith("NOP") for x in instructions),
@@ -167,6 +165,7 @@ def counted(instructions: list[str]) -> dict[str, int]:
         "barriers": sum(x.startswith("BAR") for x in instructions),
         "loads": len(loads),
         "loads of 16 bytes": sum(".128" in x for x in loads),
+        "spills": sum(x.startswith(("STL", "LDL")) for x in instructions),  # a stack may be there and never be used
     }
 
 

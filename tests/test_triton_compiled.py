@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not here: they compile, nothing spills, loads are as wide as they can
+"""The Triton kernels compiled for GPUs that are not here: they compile, no loop spills, loads are as wide as they can
 be."""
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ def needs() -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_registers_stay_within_their_bounds_and_nothing_spills(needs, target):
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
+def test_registers_stay_within_their_bounds_and_no_loop_over_tiles_spills(needs, target):
     for name, found in needs[target].items():
         bound = REGISTERS["strided" if name.endswith("strided") else name.split()[0]]
-        assert found["spilled"] == 0, name
         assert found["registers"] <= bound, name
+        assert not any(loop["spills"] for loop in found["loops"]), name
+
+
+def test_kernels_compile_for_amd(needs):
+    assert needs["gfx942"].keys() == needs["sm90"].keys()
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
@@ -58,16 +62,17 @@ def test_loads_are_of_16_bytes_where_the_weight_is_aligned_and_only_there(needs,
             assert found["wide"] == 0, name
 
 
-# Of a thread, per loop over tiles of 16 floats for each, the larger number of Triton 3.6 and 3.9, rounded up:
-# instructions, shuffles, barriers. The two halves of an iteration, and the gradient.
+# Of a thread, per loop over tiles of 32 floats for each, with Triton 3.6, rounded up: instructions, shuffles, barriers.
+# The two halves of an iteration, and the gradient.
 LOOPS = {
-    "iterate 3x3 wide": ((100, 0, 4), (210, 24, 14)),
-    "iterate 3x3 of many rows wide": ((100, 0, 0), (200, 28, 14)),
-    "iterate 4x4 wide": ((100, 0, 4), (150, 10, 12)),
-    "iterate 3x3 channels_last wide": ((100, 0, 4), (170, 24, 16)),
-    "gradient 3x3 wide": ((210, 0, 6),),
-    "gradient 4x4 wide": ((145, 0, 4),),
-    "gradient 3x3 channels_last wide": ((200, 0, 6),),
+    "iterate 3x3 wide": ((180, 0, 0), (180, 0, 2)),
+    "iterate 3x3 of many rows wide": ((180, 0, 4), (210, 8, 10)),
+    "iterate 4x4 wide": ((200, 0, 4), (180, 2, 4)),
+    "iterate 3x3 channels_last wide": ((180, 0, 4), (210, 10, 8)),
+    "iterate Linear wide": ((120, 0, 2), (110, 0, 2)),
+    "gradient 3x3 wide": ((370, 0, 6),),
+    "gradient 4x4 wide": ((300, 0, 4),),
+    "gradient 3x3 channels_last wide": ((370, 0, 6),),
 }
 
 
@@ -76,7 +81,7 @@ def test_loops_over_tiles_stay_short_and_read_four_floats_at_a_time(needs, name)
     loops = needs["sm90"][name]["loops"]
     assert len(loops) == len(LOOPS[name])
     for found, bounds in zip(loops, LOOPS[name], strict=True):
-        assert found["loads of 16 bytes"] == 16 // 4  # all of the weight's elements
+        assert found["loads of 16 bytes"] == 32 // 4  # all of the weight's elements
         measured = found["instructions"], found["shuffles"], found["barriers"]
         assert all(number <= bound for number, bound in zip(measured, bounds, strict=True)), (measured, bounds)
 

@@ -146,15 +146,15 @@ class Settings:
 
 DEFAULT = Settings()
 
-# Registers per thread that no kernel may exceed with the default settings, on any GPU it is compiled for in the tests.
-# A multiprocessor has 128 for each of 16 warps. "strided" are the elementwise kernels of weights with gaps between
-# their rows: rare, and they divide.
+# Registers per thread that no kernel may exceed with the default settings, on any GPU of NVIDIA's that it is compiled for
+# in the tests. A multiprocessor has 128 for each of 16 warps. "strided" are the elementwise kernels of weights with gaps
+# between their rows: rare, and they divide.
 REGISTERS = {
     "iterate": 128,
     "reduce": 128,
-    "rescale": 96,
+    "rescale": 168,
     "inner_products": 128,
-    "gradient": 128,
+    "gradient": 224,
     "strided": 255,
 }
 _known: dict[torch.device, Settings] = {}
