@@ -119,8 +119,8 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
 
 
 def needs(binary: Any, target: GPUTarget) -> dict[str, Any]:
-    """Registers per thread, loads of 16 bytes in the PTX, and, of the whole program and of each of its loops over tiles,
-    what ``counted`` counts."""
+    """Registers per thread, loads of 16 bytes in the PTX, and what ``counted`` counts of the whole program and of each
+    of its loops over tiles."""
     if target.backend == "hip":
         text = binary.asm["amdgcn"]
         return {"registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])}
@@ -156,8 +156,8 @@ def disassembled(code: str) -> tuple[list[str], list[list[str]]]:
 
 
 def counted(instructions: list[str]) -> dict[str, int]:
-    """How many there are, shuffles between lanes, barriers, loads from global memory and how many of those are wide, and
-    those to and from the memory that takes what registers have no room for."""
+    """How many there are, shuffles between lanes, barriers, loads from global memory, how many of those are wide, and
+    accesses of the memory that takes what registers have no room for."""
     loads = [x for x in instructions if x.startswith("LDG")]
     return {
         "instructions": sum(not x.startswith("NOP") for x in instructions),

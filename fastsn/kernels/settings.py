@@ -146,8 +146,8 @@ class Settings:
 
 DEFAULT = Settings()
 
-# Registers per thread that no kernel may exceed with the default settings, on any GPU of NVIDIA's that it is compiled for
-# in the tests. A multiprocessor has 128 for each of 16 warps. "strided" are the elementwise kernels of weights with gaps
+# Registers per thread that no kernel may exceed with the default settings, on any of NVIDIA's GPUs that the tests
+# compile for. A multiprocessor has 128 for each of 16 warps. "strided" are the elementwise kernels of weights with gaps
 # between their rows: rare, and they divide.
 REGISTERS = {
     "iterate": 128,
