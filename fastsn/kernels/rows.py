@@ -2,8 +2,8 @@
 
 Rows of (b, k): a tile is BO rows by BI flat elements, of which USED, a multiple of K, count. Tiles follow each other by
 USED elements, so that a lane keeps its position k, and what belongs to it, through the loop; loads are of 16 bytes for
-any K. Positions come together once per program, channels once per tile. Where K is no power of two, lanes find each
-other by way of memory: sums go to the block's own part of the scratch, which the L1 and L2 caches hold.
+any K. Where K is no power of two, positions and channels come together once per program, by way of memory: sums go to
+the block's own part of the scratch, which the L1 and L2 caches hold.
 
 Rows of (k, b), channels_last: a tile is BO rows by KP >= K positions of BI channels each, also flat, so that lanes lie
 along the rows with every version of Triton.
@@ -45,9 +45,8 @@ def local_flat(
         else:
             tl.store(own + here[:, None] * BI + lane[None, :], q_terms)
             tl.debug_barrier()
-            G: tl.constexpr = (
-                BI // KP // 2 if BI // KP > 1 else 1
-            )  # channels at a time: half as many elements as a tile
+            # Channels at a time: half as many elements as a tile has.
+            G: tl.constexpr = BI // KP // 2 if BI // KP > 1 else 1
             q_sums = tl.zeros((BO, KP), tl.float32)
             for begin in range(0, USED // K, G):
                 i = begin + tl.arange(0, G)
@@ -88,10 +87,10 @@ def accumulate_flat(
         G: tl.constexpr = BO * BI // KP  # channels at a time: as many elements as a tile has
         for begin in range(0, n // K, G):
             i = begin + tl.arange(0, G)
-            terms = tl.load(
-                own + i[:, None] * K + kk[None, :], mask=(i < n // K)[:, None] & (kk < K)[None, :], other=0.0
-            )
-            tl.store(z_sums + i, tl.sum(terms, axis=1), mask=i < n // K)
+            there = i < n // K
+            mask = there[:, None] & (kk < K)[None, :]
+            terms = tl.load(own + i[:, None] * K + kk[None, :], mask=mask, other=0.0)
+            tl.store(z_sums + i, tl.sum(terms, axis=1), mask=there)
 
 
 @triton.jit
