@@ -50,7 +50,9 @@ def test_killed_and_asked_to_stop_and_resumed_equals_never_stopped(tmp_path, cla
             process.send_signal(number)
             assert process.wait() == status
         assert len(rows(stopped)) < len(rows(whole))
-    assert "stopped by SIGUSR1 at step" in (stopped / "worker.log").read_text()
+    log = (stopped / "worker.log").read_text()
+    assert "stopped by SIGUSR1 at step" in log
+    assert "Traceback" not in log  # it was asked for
     tiny(tmp_path, classifier_cache, "stopped", resume=True, **LONG)
     assert rows(stopped) == rows(whole)
     for run in (whole, stopped):

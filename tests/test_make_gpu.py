@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from conftest import ON
+from gan import run
 
 pytest.importorskip("triton")
 
@@ -159,3 +160,4 @@ def test_results_name_the_commit_where_there_is_no_git(device_times, monkeypatch
     device_times.measure_all(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["commit"] == "0123456789ab-dirty"
     assert os.listdir(tmp_path) == ["out.json"]
+    assert run.environment(torch.device("cpu"))["commit"] == "0123456789ab-dirty"  # of training

@@ -124,6 +124,8 @@ def log_to(folder: Path) -> Iterator[None]:
     try:
         _log.info("command: %s", " ".join(sys.argv))
         yield
+    except SystemExit:  # as it was asked to
+        raise
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk has already been said
             crash.exception("stopped")
