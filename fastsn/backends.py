@@ -101,10 +101,13 @@ def served_by(impl: str, index: int) -> Backend:
     return _CPP if impl == "cpp" else triton(index)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _serves(impl: str, index: int) -> bool:
     """The same in a word. A graph that is traced takes the answer, and does not see how Triton is looked for."""
     return served_by(impl, index).available
+
+
+# As torch.compiler.assume_constant_result does, which would import the whole compiler with this package.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

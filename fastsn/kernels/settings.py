@@ -154,7 +154,7 @@ REGISTERS = {
     "reduce": 128,
     "rescale": 168,
     "inner_products": 128,
-    "gradient": 224,
+    "gradient": 240,
     "strided": 255,
 }
 _known: dict[torch.device, Settings] = {}
