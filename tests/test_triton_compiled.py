@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not here: they compile, loops hardly spill, loads are as wide as can be."""
+"""The Triton kernels compiled for GPUs that are not here: all compile, loops hardly spill, loads are wide."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ class Digits(Config):
     width: float = 0.25
     image_size: int = 16
     protocol: str = "digits"
-    eval_every: int = 200
+    eval_every: int = 400
     log_every: int = 50
-    checkpoint_every: int = 200
+    checkpoint_every: int = 400
 
 
 def main(config: Digits, resume: bool = False, dry_run: bool = False) -> None:
