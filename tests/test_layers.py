@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastsn
+from conftest import ON
 from shapes import TABLE
 
 PREFIXES = ("SN", "SSN", "BSN", "BSSN")
@@ -83,7 +84,10 @@ def test_arguments_of_the_torch_layer_are_passed_on():
     lookup(torch.tensor([0, 3])).sum().backward()
     assert lookup.weight.grad.isfinite().all()
     pretrained = fastsn.SNEmbedding.from_pretrained(torch.eye(3) * 5)
-    torch.testing.assert_close(pretrained(torch.arange(3)), torch.eye(3))
+    if ON == "cuda":  # the Triton kernels divide by sigma in two factors, of which one is rounded
+        torch.testing.assert_close(pretrained(torch.arange(3)), torch.eye(3))
+    else:
+        assert torch.equal(pretrained(torch.arange(3)), torch.eye(3))
     assert not pretrained.weight.requires_grad
 
 
