@@ -12,6 +12,9 @@ Norm = Literal["none", "sn", "ssn", "bsn", "bssn"]
 Gamma = Literal["none", "same", "different"]
 Loss = Literal["hinge", "standard", "wasserstein"]
 Schedule = Literal["per_forward", "per_step", "per_d_step"]
+Architecture = Literal["bsn", "sngan", "bsn-resnet", "sngan-resnet"]
+Conditional = Literal["none", "projection", "concat"]
+RESNET_SIZES = (32, 48, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Numbers:
     steps: int = 100_000
     """Generator steps."""
     batch_size: int = 64
-    """Images, and fakes, of a discriminator step."""
+    """Images, and fakes, of a discriminator step, of all processes together."""
     batch_size_g: int = 0
     """Fakes of a generator step; 0: as many."""
     n_dis: int = 1
@@ -55,16 +58,32 @@ class Numbers:
     """Decay of an average of the generator's weights, which is then what is evaluated; 0: none."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: networks under autocast; scores, losses, penalties and evaluation stay float32."""
+    tf32: bool = True
+    """Whether GPUs may round the factors of float32 products to TF32."""
+    channels_last: bool = False
+    """Memory format of images and of convolutions' weights."""
     compile: bool = False
-    """Whether both networks are compiled."""
-    architecture: Literal["bsn", "sngan"] = "bsn"
-    """The CNN of the BSN authors' code, or of the SN-GAN paper: no batch norm after the generator's dense layer."""
+    """Whether both networks are compiled; with a gradient penalty the generator alone, since torch.compile has no second
+    derivative."""
+    architecture: Architecture = "bsn"
+    """The CNN of the BSN authors' code, or of the SN-GAN paper (sngan: no batch norm after the generator's dense layer);
+    the residual networks of either."""
+    conditional: Conditional = "none"
+    """How labels are used, in residual networks: by the discriminator as a projection or as channels in the middle, and
+    by the generator in its batch norms."""
+    bn_groups: int = 1
+    """The generator's batch norms take statistics of each of so many equal parts of the batch, whatever the number of
+    processes: 4 is what four GPUs with a part each do."""
+    picks: Literal["with_replacement", "by_epochs"] = "with_replacement"
+    """Each real image independent of all others (BSN), or every image once an epoch (SN-GAN)."""
+    dequantize: bool = False
+    """Whether real images are x / 128 - 1 + U(0, 1/128), as the SN-GAN authors scale, instead of x / 127.5 - 1."""
     latent: int = 128
     """Length of z."""
     width: float = 1.0
     """Factor on every channel count of both networks."""
     image_size: int = 32
-    """Pixels a side: a multiple of 8 up to 256."""
+    """Pixels a side: a multiple of 8 up to 256; of residual networks 32, 48, 64 or 128."""
 
     def identity(self) -> dict[str, Any]:
         """These fields, as plain values."""
@@ -95,12 +114,16 @@ class Runtime:
     """Steps between checkpoints; there is one after the last step too."""
     keep_checkpoints: int = 5
     """How many of the newest checkpoints stay."""
+    lockstep_every: int = 1000
+    """Steps between checks that all processes hold the same weights, u and v."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a CUDA device if there is one."""
+    """auto takes a CUDA device if there is one, under torchrun the one of the process's local rank."""
     resident_gb: float = 4.0
     """Data sets up to this size are kept on the device."""
     workers: int = 8
-    """Threads that read larger ones."""
+    """Threads of a process that read larger ones."""
+    stage: Path | None = None
+    """A folder on a disk of each node to which the data is copied first, once per node."""
 
     @property
     def folder(self) -> Path:
@@ -113,7 +136,7 @@ class Config(Numbers, Runtime):
     """A run; recipes set the defaults that suit their data."""
 
     def __post_init__(self) -> None:
-        for field, kind in (("norm", Norm), ("gamma", Gamma), ("loss", Loss), ("u_schedule", Schedule)):
+        for field, kind in _CHOICES.items():
             _require(
                 getattr(self, field) in get_args(kind),
                 field,
@@ -130,7 +153,9 @@ class Config(Numbers, Runtime):
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "lockstep_every",
             "workers",
+            "bn_groups",
         ):
             _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
         _require(self.eval_every >= 0, "eval_every", "at least 0", self.eval_every)
@@ -144,6 +169,24 @@ class Config(Numbers, Runtime):
             _require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
         size = self.image_size
         _require(8 <= size <= 256 and size % 8 == 0, "image_size", "a multiple of 8 up to 256", size)
+        residual = self.architecture.endswith("resnet")
+        _require(
+            not residual or size in RESNET_SIZES, "image_size", f"one of {RESNET_SIZES} for residual networks", size
+        )
+        _require(
+            residual or self.conditional == "none",
+            "conditional",
+            "'none' with a CNN (residual networks take labels)",
+            self.conditional,
+        )
+        for field in ("batch_size", "batch_size_g"):
+            value, groups = getattr(self, field), self.bn_groups
+            _require(
+                value % groups == 0 and (value == 0 or value >= 2 * groups),
+                field,
+                f"a multiple of bn_groups {groups}, 2 or more in each",
+                value,
+            )
         _require(-1 <= self.decay_from < self.steps, "decay_from", "-1 or a step before the last", self.decay_from)
         free = self.norm in ("ssn", "bssn")
         _require(free or self.scale == 1, "scale", f"1 with norm {self.norm!r} (ssn and bssn take another)", self.scale)
@@ -155,16 +198,20 @@ class Config(Numbers, Runtime):
             "fresh where G's batch is of another size or comes first",
             self.z_of_g,
         )
-        _require(
-            not (self.compile and self.gradient_penalty),
-            "compile",
-            "False with a gradient penalty, whose second derivative torch.compile does not have",
-            True,
-        )
         parts = Path(self.name).parts
         below = bool(parts) and ".." not in parts and not Path(self.name).is_absolute()
         _require(below, "name", "a folder name below runs", self.name)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
+
+
+_CHOICES = {
+    "norm": Norm,
+    "gamma": Gamma,
+    "loss": Loss,
+    "u_schedule": Schedule,
+    "architecture": Architecture,
+    "conditional": Conditional,
+}
 
 
 def _require(holds: bool, field: str, expected: str, came: object) -> None:

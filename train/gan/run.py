@@ -18,7 +18,7 @@ import torch
 
 import fastsn
 from gan.checkpoint import atomic_write
-from gan.config import Config, Runtime
+from gan.config import Config, Numbers, Runtime
 from gan.data.store import Store
 
 _log = logging.getLogger("gan")
@@ -33,7 +33,7 @@ def claim(config: Config, store: Store, resume: bool, device: torch.device) -> N
     """
     folder, file, own = config.folder, config.folder / "config.json", identity(config, store)
     if file.is_file():
-        held = _held(file)
+        held = {**_defaults(), **_held(file)}
         changed = {k: (held.get(k), v) for k, v in own.items() if held.get(k) != v}
         changed |= {k: (v, None) for k, v in held.items() if k not in own}
         if changed:
@@ -63,6 +63,11 @@ def identity(config: Config, store: Store) -> dict[str, Any]:
     """What decides the weights of a run: its numbers and its data."""
     shape = {"channels": store.channels, "classes": store.classes}
     return {**config.identity(), **shape, "data": store.name, "data_key": store.key}
+
+
+def _defaults() -> dict[str, Any]:
+    """What a run from before a field was there has of it."""
+    return {x.name: x.default for x in dataclasses.fields(Numbers)}
 
 
 def _held(file: Path) -> dict[str, object]:

@@ -22,7 +22,7 @@ class Training:
 
     def __init__(self, config: Numbers, channels: int, classes: int, device: torch.device) -> None:
         self.config, self.classes, self.device, self.step = config, classes, device, 0
-        generator, discriminator = models.build(config, channels)
+        generator, discriminator = models.build(config, channels, classes)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
         self.norm, self.loss = norms.Norm(config, self.discriminator), LOSSES[config.loss]
         betas = (config.beta1, config.beta2)

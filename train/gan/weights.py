@@ -46,8 +46,8 @@ def load_generator(path: str | Path) -> tuple[nn.Module, Config]:
             raise ValueError(f"path must be the folder of a run that has saved weights, got {path.parent.parent}")
     about, tensors = _checkpoint(path) if path.suffix == ".pt" else _safetensors(path)
     part = "average" if "average" in tensors else "generator"
-    config, channels = config_of(about), about["channels"]
-    generator, _ = models.build(config, channels)
+    config = config_of(about)
+    generator, _ = models.build(config, about["channels"], about["classes"])
     try:
         generator.load_state_dict(tensors[part])
     except (KeyError, RuntimeError) as error:

@@ -10,7 +10,7 @@ from gan.models.cnn import Discriminator, Generator
 __all__ = ["Discriminator", "Generator", "build"]
 
 
-def build(config: Numbers, channels: int) -> tuple[Generator, Discriminator]:
+def build(config: Numbers, channels: int, classes: int = 0) -> tuple[Generator, Discriminator]:
     """Both networks on the CPU, drawn from the seed without touching the global random state.
 
     The weights have a generator of their own, so that every normalisation starts from the same ones.
