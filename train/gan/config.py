@@ -63,11 +63,11 @@ class Numbers:
     channels_last: bool = False
     """Memory format of images and of convolutions' weights."""
     compile: bool = False
-    """Whether both networks are compiled; with a gradient penalty the generator alone, since torch.compile has no second
+    """Whether both networks are compiled; with a gradient penalty the generator alone, as torch.compile has no second
     derivative."""
     architecture: Architecture = "bsn"
-    """The CNN of the BSN authors' code, or of the SN-GAN paper (sngan: no batch norm after the generator's dense layer);
-    the residual networks of either."""
+    """The CNN of the BSN authors' code, or of the SN-GAN paper (no batch norm after the generator's dense layer); the
+    residual networks of either."""
     conditional: Conditional = "none"
     """How labels are used, in residual networks: by the discriminator as a projection or as channels in the middle, and
     by the generator in its batch norms."""
