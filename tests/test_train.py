@@ -73,9 +73,9 @@ def test_scalars_have_losses_sigmas_slopes_and_times(finished):
     scalars = pictures.read_scalars(finished, "")
     layers = [f"convs.{i}" for i in range(0, 14, 2)] + ["linear"]
     times = {tag for tag in scalars if tag.startswith("time/")}
-    assert {"time/step_percent", "time/data_percent"} <= times
+    assert {f"time/{phase}_percent" for phase in ("step", "data", "discriminator", "generator", "log")} <= times
     assert set(scalars) - times == {
-        *("loss/d", "loss/g", "D/real", "D/fake"),
+        *("loss/d", "loss/g", "D/real", "D/fake", "images_per_s_per_process", "memory/peak_gb"),
         *(f"{kind}/{layer}" for kind in ("sigma", "sigma_out", "sigma_in") for layer in layers),
         *(f"slope/{where}_{how}" for where in ("real", "fake") for how in ("mean", "min", "max")),
     }

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Presets = Mapping[str, Mapping[str, Any]]
@@ -30,18 +31,41 @@ def start(main: Callable[..., None], presets: Presets | None = None, arguments: 
 
 
 def parse_and_call(parse: Callable[[list[str]], Call], arguments: Sequence[str] | None = None) -> None:
-    """``parse`` gives what is called then; errors of both are one line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """``parse`` gives what is called then; errors of both are one line. Under torchrun, all processes do the same, and
+    what all of them have to say the first one says."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s")
+    try:
+        with _together() as together:
+            with together():
+                call = _parsed(parse, list(sys.argv[1:] if arguments is None else arguments))
+            call()
+    except (ValueError, OSError) as error:
+        if rank and getattr(error, "others_say_it", False):
+            sys.exit(1)
+        sys.exit(f"error: rank {rank}: {error}" if rank else f"error: {error}")
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Under torchrun, in a block of all processes, the means to have their errors in common."""
+    if "WORLD_SIZE" not in os.environ:
+        yield contextlib.nullcontext
+        return
+    from gan import distributed  # which takes a second to import
+
+    with distributed.started() as ranks:
+        yield ranks.together
+
+
+def _parsed(parse: Callable[[list[str]], Call], given: list[str]) -> Call:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            call = parse(list(sys.argv[1:] if arguments is None else arguments))
-        call()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+            return parse(given)
     except SystemExit as ended:
         if ended.code and said.getvalue():
-            sys.exit(f"error: {_one_line(said.getvalue())}")
+            raise ValueError(_one_line(said.getvalue())) from ended
         raise
 
 

@@ -13,6 +13,7 @@ Gamma = Literal["none", "same", "different"]
 Loss = Literal["hinge", "standard", "wasserstein"]
 Schedule = Literal["per_forward", "per_step", "per_d_step"]
 Architecture = Literal["bsn", "sngan", "bsn-resnet", "sngan-resnet"]
+ZOfG = Literal["reused", "fresh"]
 Conditional = Literal["none", "projection", "concat"]
 RESNET_SIZES = (32, 48, 64, 128)
 
@@ -44,7 +45,7 @@ class Numbers:
     n_dis: int = 1
     """Discriminator steps per generator step."""
     order: Literal["d_first", "g_first"] = "d_first"
-    z_of_g: Literal["reused", "fresh"] = "reused"
+    z_of_g: ZOfG = "reused"
     """Whether the generator's step takes the z of the last discriminator step."""
     batch_norm_in_d_steps: bool = True
     """Whether the generator's running statistics move in discriminator steps, too."""
@@ -84,6 +85,13 @@ class Numbers:
     """Factor on every channel count of both networks."""
     image_size: int = 32
     """Pixels a side: a multiple of 8 up to 256; of residual networks 32, 48, 64 or 128."""
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Which networks are compiled."""
+        if not self.compile:
+            return ()
+        return ("generator",) if self.gradient_penalty else ("generator", "discriminator")
 
     def identity(self) -> dict[str, Any]:
         """These fields, as plain values."""

@@ -25,9 +25,13 @@ _PATIENCE = timedelta(minutes=30)  # for the others, who may be reading a cold d
 class CommonError(ValueError):
     """An error that every process has, so that one of them need say it."""
 
+    others_say_it = True
+
 
 class LostPeer(ConnectionError):
     """Another process of the run has ended; what it died of is said by itself."""
+
+    others_say_it = True
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,15 @@ class Ranks:
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of one dtype and device by their sums over the ranks: one all-reduce."""
         self._reduce(list(tensors), 1)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Those of all ranks, (n, ...) of each, one after the other."""
+        if self.size == 1:
+            return x
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        with _naming_peers():
+            dist.all_gather(found, x.contiguous())
+        return torch.cat(found)
 
     def _reduce(self, tensors: list[Tensor], divisor: int) -> None:
         if self.size == 1 or not tensors:

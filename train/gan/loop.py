@@ -7,69 +7,79 @@ import logging
 import signal
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gan import checkpoint, pictures, probes, run, weights
+from gan import checkpoint, probes, run
 from gan.config import Config
+from gan.data import picks
 from gan.data.batches import Batches
-from gan.data.images import to_uint8
-from gan.data.picks import with_replacement
 from gan.data.store import Store
+from gan.devices import pick_device
+from gan.distributed import ranks
 from gan.metrics.evaluator import BATCH, Evaluator
 from gan.outputs import Outputs
+from gan.recorder import Recorder
 from gan.training import Training
 
 REQUEUE = 75  # exit status (EX_TEMPFAIL) of a run that was asked to stop and has written a checkpoint
 _log = logging.getLogger("gan")
-_GRID = 10
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a config. Raises ValueError for "cuda" without one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be 'auto' or 'cpu' on a machine without CUDA, got 'cuda'")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+_PICKS = {"with_replacement": picks.with_replacement, "by_epochs": picks.by_epochs}
 
 
 def train(config: Config, store: Store, resume: bool) -> None:
     """Train to the last step, with ``resume`` from the newest whole checkpoint, or from the start where there is none.
 
-    SIGTERM and SIGUSR1 end it after the step that is running, with a checkpoint and the exit status ``REQUEUE``.
+    All ranks of a run call it; the first one writes. SIGTERM and SIGUSR1 end it after the step that is running, with a
+    checkpoint and the exit status ``REQUEUE``.
     """
-    device = pick_device(config.device)
-    check_data(config, store)
-    training = Training(config, store.channels, store.classes, device)
+    here = ranks()
+    with here.together():
+        device = pick_device(config.device)
+        check_data(config, store)
+        check_ranks(config, here.size)
+        training = Training(config, store.channels, store.classes, device)
     evaluator = None
     if config.eval_every:  # before the folder is claimed: what cannot be scored as it is asked for leaves none
         evaluator = Evaluator(store, config.protocol, device, config.inception_weights, config.runs, BATCH)
-    run.claim(config, store, resume, device)
-    with run.log_to(config.folder):
-        state = checkpoint.newest(config.folder / "checkpoint") if resume else None
+    here.of_first(lambda: run.claim(config, store, resume, device))
+    with run.log_to(config.folder, here.rank):
+        state = here.of_first(lambda: checkpoint.newest(config.folder / "checkpoint")) if resume else None
         if state is not None:
-            training.load(state)
+            with here.together():
+                training.load(state)
         if training.step >= config.steps:
             _log.info("%s is complete at step %d", config.folder, training.step)
             return
-        with Outputs(config.folder, training.step, state["seconds"] if state else 0.0) as outputs:
+        seconds = state["seconds"] if state else 0.0
+        with Outputs(config.folder, training.step, seconds) if here.first else contextlib.nullcontext() as outputs:
             _Loop(config, store, training, evaluator, outputs, device).run()
 
 
 def check_data(config: Config, store: Store) -> None:
     """Raises ValueError for data that this run cannot take."""
-    store.require(image_size=config.image_size, channels=store.channels)
+    store.require(image_size=config.image_size, channels=store.channels, labels=config.conditional != "none")
     if config.batch_size > store.count:
         raise ValueError(
             f"batch_size must be at most the {store.count} images of {store.name}, got {config.batch_size}"
         )
 
 
+def check_ranks(config: Config, size: int) -> None:
+    """Raises ValueError for batches, or groups of batch norms, that so many processes cannot divide among them."""
+    for field in ("batch_size", "batch_size_g"):
+        if getattr(config, field) % size:
+            raise ValueError(f"{field} must be a multiple of the {size} processes, got {getattr(config, field)}")
+    if config.bn_groups % size and size % config.bn_groups:
+        raise ValueError(f"bn_groups must be a multiple or a divisor of the {size} processes, got {config.bn_groups}")
+
+
 class _Loop:
-    """One run, from the step that it is at."""
+    """One run, from the step that it is at. ``outputs``: the first rank's."""
 
     def __init__(
         self,
@@ -77,95 +87,93 @@ class _Loop:
         store: Store,
         training: Training,
         evaluator: Evaluator | None,
-        outputs: Outputs,
+        outputs: Outputs | None,
         device: torch.device,
     ) -> None:
         self.config, self.store, self.training = config, store, training
         self.evaluator, self.outputs, self.device = evaluator, outputs, device
-        self.phases, self.asked_to_stop = probes.Phases(), ""
-        self.about = run.identity(config, store)
+        self.ranks, self.phases, self.asked_to_stop = training.ranks, training.phases, ""
+        self.bar = tqdm(
+            total=config.steps,
+            initial=training.step,
+            unit="it",
+            desc=config.name,
+            mininterval=0.5,
+            disable=outputs is None,
+        )
+        self.recorder = None if outputs is None else Recorder(config, store, training, outputs, self.bar)
 
     def run(self) -> None:
         config, training = self.config, self.training
         draws = training.step * config.n_dis
         batches = Batches(self.store, self._picks, self.device, config.resident_gb, workers=config.workers, start=draws)
-        bar = tqdm(total=config.steps, initial=training.step, unit="it", desc=config.name, mininterval=0.5)
-        with logging_redirect_tqdm(), bar, contextlib.closing(batches), self._signals():
-            if training.step == 0:
-                self._reals()
+        with logging_redirect_tqdm(), self.bar, contextlib.closing(batches), self._signals():
+            if self.recorder and training.step == 0:
+                self.recorder.reals()
             while training.step < config.steps:
-                self._one_step(self._timed(batches), bar)
-                if self.asked_to_stop:
+                self._one_step(batches)
+                if self.ranks.any(bool(self.asked_to_stop)):
                     self._checkpoint()
-                    _log.info("stopped by %s at step %d; --resume continues", self.asked_to_stop, training.step)
+                    why = self.asked_to_stop or "a signal to another process"
+                    _log.info("stopped by %s at step %d; --resume continues", why, training.step)
                     raise SystemExit(REQUEUE)
 
-    def _picks(self, draw: int) -> Any:
-        return with_replacement(self.config.seed, draw, self.config.batch_size, self.store.count)
+    def _picks(self, draw: int) -> np.ndarray:
+        """This rank's part of a batch."""
+        config = self.config
+        picked = _PICKS[config.picks](config.seed, draw, config.batch_size, self.store.count)
+        return picked[self.ranks.share(config.batch_size)]
 
-    def _timed(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
-        while True:
-            with self.phases("data"):
-                batch = batches.next()
-            yield batch
-
-    def _one_step(self, batches: Iterator[tuple[Tensor, Tensor | None]], bar: tqdm[Any]) -> None:
+    def _one_step(self, batches: Batches) -> None:
         config, step = self.config, self.training.step + 1
-        timed = step in (1, config.steps) or step % 1000 == 0
-        if timed:
-            self.outputs.time(step, "starts")
-        with self.phases("step"):
-            scalars = self.training.advance(batches)
-        bar.update()
-        if self._due(config.log_every):
-            with self.phases("log"):
-                self._log_scalars(scalars, bar)
-        if self._due(config.sample_every):
-            with self.phases("sample"):
-                images = to_uint8(self.training.images("sample", 0, _GRID * _GRID))
-                self.outputs.sample(step, pictures.grid(images, _GRID))
-        if self.evaluator is not None and self._due(config.eval_every):
-            with self.phases("evaluation"):
-                self._evaluate(self.evaluator)
-        if self._due(config.checkpoint_every):
-            with self.phases("checkpoint"):
+        with self._noting_time(step), self.phases("step"):
+            scalars = self.training.advance(iter(batches.next, None))
+            self.bar.update()
+            if self._due(config.log_every):
+                with self.phases("log"):
+                    self._log_scalars(scalars)
+            if self._due(config.lockstep_every):
+                with self.phases("lockstep"):
+                    self.ranks.check_lockstep(self.training.tensors())
+            if self.recorder and self._due(config.sample_every):
+                with self.phases("sample"):
+                    self.recorder.sample()
+            if self.evaluator and self._due(config.eval_every):
+                with self.phases("evaluation"):
+                    self._evaluate(self.evaluator)
+            if self._due(config.checkpoint_every):
                 self._checkpoint()
-        if timed:
-            self.outputs.time(step, "ends")
 
     def _due(self, every: int) -> bool:
         return self.training.step % every == 0 or self.training.step == self.config.steps
 
-    def _log_scalars(self, scalars: dict[str, Tensor], bar: tqdm[Any]) -> None:
-        probed = {**probes.slopes(self.training), **self.training.norm.sigmas(), **self.phases.taken()}
-        self.outputs.scalars(self.training.step, {**scalars, **probed})
-        rate = bar.format_dict["rate"] or 0.0
-        images = rate * self.config.n_dis * self.config.batch_size
-        shown = {name: f"{float(scalars[f'loss/{name}']):.3f}" for name in ("d", "g")}
-        bar.set_postfix(**shown, images_per_s=f"{images:.0f}", data=f"{probed.get('time/data_percent', 0):.0f}%")
+    @contextlib.contextmanager
+    def _noting_time(self, step: int) -> Iterator[None]:
+        """Of the first, the last and each 1,000th step, in time.txt."""
+        noted = self.outputs if step in (1, self.config.steps) or step % 1000 == 0 else None
+        if noted:
+            noted.time(step, "starts")
+        yield
+        if noted:
+            noted.time(step, "ends")
 
-    def _reals(self) -> None:
-        index = with_replacement(self.config.seed, 0, min(self.store.count, _GRID * _GRID), self.store.count)
-        images = torch.from_numpy(self.store.read(index)).permute(0, 3, 1, 2)
-        self.outputs.picture("reals.png", pictures.grid(images, _GRID))
+    def _log_scalars(self, scalars: dict[str, Tensor]) -> None:
+        """Means over the ranks; the first rank's times."""
+        self.ranks.mean_(scalars.values())
+        scalars |= probes.slopes(self.training)
+        seconds = self.phases.taken()
+        if self.recorder:
+            self.recorder.scalars(scalars, seconds)
 
     def _evaluate(self, evaluator: Evaluator) -> None:
-        training, folder = self.training, self.config.folder / "weights"
-        scores = evaluator(lambda first, count: training.images("evaluation", first, count))
-        best = self.outputs.metrics(training.step, scores._asdict(), "raw" if training.average is None else "average")
-        weights.save(folder / "last.safetensors", training, self.about)
-        if best:
-            weights.save(folder / "best.safetensors", training, self.about)
-        what = scores.missing or f"FID {scores.fid:.3f}, score {scores.inception_score_mean:.3f}"
-        _log.info("step %d: %s (%s)", training.step, what, scores.protocol)
+        scores = evaluator(lambda first, count: self.training.images("evaluation", first, count))
+        if self.recorder:
+            self.recorder.scores(scores)
 
     def _checkpoint(self) -> None:
-        folder = self.config.folder / "checkpoint"
-        self.outputs.flush()
-        weights.save(self.config.folder / "weights" / "last.safetensors", self.training, self.about)
-        state = {**self.training.state(), "seconds": self.outputs.seconds}
-        checkpoint.save(checkpoint.of_step(folder, self.training.step), state)
-        checkpoint.prune(folder, self.config.keep_checkpoints)
+        if self.recorder:
+            with self.phases("checkpoint"):
+                self.recorder.checkpoint()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

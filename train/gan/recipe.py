@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from gan import loop
+from gan import devices, loop
 from gan.config import Config
 from gan.data.store import Store
+from gan.distributed import ranks
 from gan.training import Training
 
 
 def train(config: Config, store: Store, resume: bool = False, dry_run: bool = False) -> None:
-    """Train, continue, or with ``dry_run`` say what would be trained."""
+    """Train, continue, or with ``dry_run`` say what would be trained. All ranks of a run call it."""
+    here = ranks()
+    here.same("the configuration", dataclasses.asdict(config))
     if dry_run:
-        print(described(config, store))
+        here.of_first(lambda: print(described(config, store)))
     else:
         loop.train(config, store, resume)
 
@@ -22,7 +25,7 @@ def train(config: Config, store: Store, resume: bool = False, dry_run: bool = Fa
 def described(config: Config, store: Store) -> str:
     """The whole configuration, the networks and their parameters, the folder, the size of a checkpoint."""
     loop.check_data(config, store)
-    training = Training(config, store.channels, store.classes, loop.pick_device("cpu"))
+    training = Training(config, store.channels, store.classes, devices.pick_device("cpu"))
     parts = [json.dumps(dataclasses.asdict(config), indent=2, default=str)]
     floats = 0
     for name, net in (("generator", training.generator), ("discriminator", training.discriminator)):

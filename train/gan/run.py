@@ -20,6 +20,7 @@ import fastsn
 from gan.checkpoint import atomic_write
 from gan.config import Config, Numbers, Runtime
 from gan.data.store import Store
+from gan.distributed import CommonError, LostPeer, ranks
 
 _log = logging.getLogger("gan")
 
@@ -46,6 +47,7 @@ def claim(config: Config, store: Store, resume: bool, device: torch.device) -> N
         raise ValueError(f"name must be free or hold a run, got {folder}, which holds something else")
     runtime = {field.name: getattr(config, field.name) for field in dataclasses.fields(Runtime)}
     runtime["data"] = getattr(config, "data", None)
+    runtime["compiled"] = config.compiled
     about = {"config": own, "runtime": runtime, "environment": environment(device)}
     atomic_write(file, (json.dumps(about, indent=2, default=str) + "\n").encode())
 
@@ -89,6 +91,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
     """What a figure of this run has to name: device, versions, commit."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "processes": ranks().size,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -115,25 +118,33 @@ class _LogFile(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def log_to(folder: Path) -> Iterator[None]:
-    """Send the log, warnings included, to worker.log as well as to stderr, and an error's traceback to worker.log."""
-    handler = _LogFile(folder / "worker.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+def log_to(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Send the log, warnings included, to worker.log as well as to stderr, and an error's traceback to worker.log.
+
+    Of other ranks than the first, only the traceback of what nobody else has, where they reach that folder.
+    """
+    handler = _LogFile(folder / "worker.log", delay=True)
+    who = f" rank {rank}:" if rank else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(message)s"))
     crash = logging.getLogger("gan.crash")
     crash.propagate = False
-    loggers = (_log, crash, logging.getLogger("py.warnings"))
-    logging.captureWarnings(True)
+    loggers = [crash] if rank else [_log, crash, logging.getLogger("py.warnings")]
+    logging.captureWarnings(not rank)
     for logger in loggers:
         logger.addHandler(handler)
-    _log.setLevel(logging.INFO)
+    if not rank:
+        _log.setLevel(logging.INFO)
     try:
-        _log.info("command: %s", " ".join(sys.argv))
+        if not rank:
+            _log.info("command: %s", " ".join(sys.argv))
         yield
     except SystemExit:  # as it was asked to
         raise
-    except BaseException:
-        with contextlib.suppress(OSError):  # a full disk has already been said
-            crash.exception("stopped")
+    except BaseException as error:
+        theirs = isinstance(error, CommonError | LostPeer)
+        if not rank or (folder.is_dir() and not theirs):
+            with contextlib.suppress(OSError):  # a full disk has already been said
+                crash.exception("stopped")
         raise
     finally:
         logging.captureWarnings(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,17 +13,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from gan import models, norms, streams
 from gan.config import Numbers
 from gan.data.images import to_float
+from gan.devices import sent, tf32
+from gan.distributed import ranks
 from gan.losses import LOSSES, gradient_penalty
+from gan.phases import Phases
 
 
 class Training:
-    """Networks, optimizers and the step they are at. ``next_batch`` gives (uint8 images, labels or None) of the next
-    discriminator step; random numbers are functions of the seed and the step."""
+    """Networks, optimizers and the step they are at.
+
+    Under several ranks each has its part of every batch, and gradients, and statistics of batch norms, are averaged:
+    all ranks hold the same. u and v are not communicated, since equal weights give equal ones.
+    """
 
     def __init__(self, config: Numbers, channels: int, classes: int, device: torch.device) -> None:
         self.config, self.classes, self.device, self.step = config, classes, device, 0
+        self.ranks, self.phases = ranks(), Phases(device)
         generator, discriminator = models.build(config, channels, classes)
-        self.generator, self.discriminator = generator.to(device), discriminator.to(device)
+        self._format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.generator = generator.to(device, memory_format=self._format)
+        self.discriminator = discriminator.to(device, memory_format=self._format)
         self.norm, self.loss = norms.Norm(config, self.discriminator), LOSSES[config.loss]
         betas = (config.beta1, config.beta2)
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=betas)
@@ -38,19 +47,35 @@ class Training:
         if config.ema:
             self.average = AveragedModel(self.generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
             self._parts["average"] = self.average
-        self._g, self._d = self.generator, self.discriminator
-        if config.compile:
-            self._g, self._d = torch.compile(self.generator), torch.compile(self.discriminator)
+        self._g = torch.compile(self.generator) if "generator" in config.compiled else self.generator
+        self._d = torch.compile(self.discriminator) if "discriminator" in config.compiled else self.discriminator
+        self._statistics = [
+            x
+            for module in self.generator.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for x in (module.running_mean, module.running_var)
+        ]
 
     def state(self) -> dict[str, Any]:
         """A checkpoint; u and v are buffers of the discriminator."""
         return {"step": self.step, **{name: part.state_dict() for name, part in self._parts.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-        self.step = state["step"]
+        """Continue from a checkpoint. Raises ValueError for one of other networks."""
+        try:
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"resume: expected a checkpoint of this run's networks, got another: {said}") from error
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What every rank must hold the same of: parameters, u and v, statistics."""
+        for part in ("generator", "discriminator", "average"):
+            if part in self._parts:
+                for name, x in self._parts[part].state_dict().items():
+                    yield f"{part}.{name}", x
 
     @property
     def evaluated(self) -> nn.Module:
@@ -58,30 +83,44 @@ class Training:
         return self.generator if self.average is None else self.average.module
 
     def advance(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
-        """One step, with n_dis batches."""
+        """One step, with n_dis batches of this rank's part: (uint8 images, labels or None). Scalars are of that part.
+
+        Nothing waits for the device."""
         self._set_learning_rates()
         scalars: dict[str, Tensor] = {}
-        if self.config.order == "g_first":
-            scalars["loss/g"] = self._generator_step(*self._fresh())
-        for i in range(self.config.n_dis):
-            images, labels = next(batches)
-            z, fake_labels = self._draw("d", self.config.batch_size, i)
-            scalars |= self._discriminator_step(to_float(images), labels, z, fake_labels, i)
-        if self.config.order == "d_first":
-            again = (z, fake_labels) if self.config.z_of_g == "reused" else self._fresh()
-            scalars["loss/g"] = self._generator_step(*again)
+        with tf32(self.device, self.config.tf32):
+            if self.config.order == "g_first":
+                scalars["loss/g"] = self._generator_step(*self._fresh())
+            for i in range(self.config.n_dis):
+                with self.phases("data"):
+                    images, labels = next(batches)
+                z, fake_labels = self._draw("d", self.config.batch_size, i)
+                real = to_float(images).contiguous(memory_format=self._format)
+                scalars |= self._discriminator_step(real, labels, z, fake_labels, i)
+            if self.config.order == "d_first":
+                again = (z, fake_labels) if self.config.z_of_g == "reused" else self._fresh()
+                scalars["loss/g"] = self._generator_step(*again)
+        self._average_over_ranks(self._statistics)
         if isinstance(self.average, AveragedModel):
             self.average.update_parameters(self.generator)
         self.step += 1
         return scalars
 
     def _draw(self, of: str, count: int, i: int = 0) -> tuple[Tensor, Tensor | None]:
-        """z and labels for fakes."""
+        """z and labels for this rank's fakes."""
         seed, moment = self.config.seed, (self.step, i)
-        z = streams.normal(seed, f"z of {of}", (count, self.config.latent), *moment).to(self.device)
+        z = self._part(streams.normal(seed, f"z of {of}", (count, self.config.latent), *moment))
         if not self.classes:
             return z, None
-        return z, streams.labels(seed, f"labels of {of}", count, self.classes, *moment).to(self.device)
+        return z, self._part(streams.labels(seed, f"labels of {of}", count, self.classes, *moment))
+
+    def _part(self, batch: Tensor) -> Tensor:
+        """This rank's, on the device."""
+        return sent(batch[self.ranks.share(len(batch))], self.device)
+
+    def _average_over_ranks(self, tensors: Iterable[Tensor | None]) -> None:
+        with self.phases("reduction"):
+            self.ranks.mean_(x for x in tensors if x is not None)
 
     def _fresh(self) -> tuple[Tensor, Tensor | None]:
         return self._draw("g", self.config.batch_size_g or self.config.batch_size)
@@ -104,31 +143,36 @@ class Training:
         self, real: Tensor, labels: Tensor | None, z: Tensor, fake_labels: Tensor | None, i: int
     ) -> dict[str, Tensor]:
         moving = contextlib.nullcontext() if self.config.batch_norm_in_d_steps else _batch_norm_stays(self.generator)
-        with torch.no_grad(), moving:
+        with torch.no_grad(), moving, self.phases("generator"):
             fake = self._fakes(z, fake_labels)
-        with self.norm.during_a_step():
+        with self.phases("discriminator"), self.norm.during_a_step():
             on_real, on_fake = self._scores(real, labels), self._scores(fake, fake_labels)
             loss = self.loss.d(on_real, on_fake)
             scalars = {"loss/d": loss.detach(), "D/real": on_real.detach().mean(), "D/fake": on_fake.detach().mean()}
             if self.config.gradient_penalty:
-                alpha = streams.uniform(self.config.seed, "penalty", (len(real), 1, 1, 1), self.step, i).to(self.device)
+                shape = (self.config.batch_size, 1, 1, 1)
+                alpha = self._part(streams.uniform(self.config.seed, "penalty", shape, self.step, i))
                 penalty = gradient_penalty(lambda x: self._scores(x, labels), real, fake, alpha)
                 scalars["loss/penalty"] = penalty.detach()
                 loss = loss + self.config.gradient_penalty * penalty
             self.optimizer_d.zero_grad()
             loss.backward()
-        self.optimizer_d.step()
-        self.norm.after_a_d_step()
+        self._average_over_ranks(p.grad for p in self.discriminator.parameters())
+        with self.phases("discriminator"):
+            self.optimizer_d.step()
+            self.norm.after_a_d_step()
         self.last = real, labels, fake, fake_labels
         return scalars
 
     def _generator_step(self, z: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(False)
-        with self.norm.during_a_step():
+        with self.phases("generator"), self.norm.during_a_step():
             loss = self.loss.g(self._scores(self._fakes(z, labels), labels))
             self.optimizer_g.zero_grad()
             loss.backward()
-        self.optimizer_g.step()
+        self._average_over_ranks(p.grad for p in self.generator.parameters())
+        with self.phases("generator"):
+            self.optimizer_g.step()
         self.discriminator.requires_grad_(True)
         return loss.detach()
 
