@@ -1,0 +1,80 @@
+"""A training step asks the device for nothing that Python would have to wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gan.config import Config
+from gan.training import Training
+from gan_rank_jobs import TINY, batches
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
+RUNS = {
+    "CNN, BSSN, a penalty": ({"norm": "bssn", "scale": 1.3, "gradient_penalty": 1.0, "ema": 0.9}, 0),
+    "projection ResNet": (
+        {
+            "architecture": "sngan-resnet",
+            "conditional": "projection",
+            "image_size": 32,
+            "width": 0.02,
+            "dequantize": True,
+            "order": "g_first",
+            "z_of_g": "fresh",
+            "u_schedule": "per_forward",
+        },
+        3,
+    ),
+}
+
+
+class Waits(TorchDispatchMode):
+    """Names of the operators that need the value of a tensor in Python. Adam's count of steps, which torch keeps on the
+    CPU, is no reason to wait."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__()
+        states = [*training.optimizer_g.state.values(), *training.optimizer_d.state.values()]
+        self.counts = {state["step"].data_ptr() for state in states}
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITING and args[0].data_ptr() not in self.counts:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def training_and_batches(run: str) -> tuple[Training, Any]:
+    changes, classes = RUNS[run]
+    config = Config(name="x", **{**TINY, **changes})
+    given = ((x.to(DEVICE), y if y is None else y.to(DEVICE)) for x, y in batches(config, classes))
+    training = Training(config, 3, classes, DEVICE)
+    training.advance(given)  # whatever is made once
+    return training, given
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_no_operator_needs_a_value(run):
+    training, given = training_and_batches(run)
+    with Waits(training) as waits:
+        scalars = training.advance(given)
+        assert waits.found == []
+        float(scalars["loss/d"])
+    assert waits.found == ["_local_scalar_dense"]  # it would have been seen
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="torch counts synchronisations of a GPU")
+@pytest.mark.parametrize("run", RUNS)
+def test_nothing_waits_for_the_gpu(run):
+    training, given = training_and_batches(run)
+    batch = [next(given) for _ in range(training.config.n_dis)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.advance(iter(batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
