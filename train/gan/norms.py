@@ -13,11 +13,11 @@ import fastsn
 from gan.config import Numbers
 
 _LAYERS = {
-    "none": (nn.Conv2d, nn.Linear),
-    "sn": (fastsn.SNConv2d, fastsn.SNLinear),
-    "ssn": (fastsn.SSNConv2d, fastsn.SSNLinear),
-    "bsn": (fastsn.BSNConv2d, fastsn.BSNLinear),
-    "bssn": (fastsn.BSSNConv2d, fastsn.BSSNLinear),
+    "none": (nn.Conv2d, nn.Linear, nn.Embedding),
+    "sn": (fastsn.SNConv2d, fastsn.SNLinear, fastsn.SNEmbedding),
+    "ssn": (fastsn.SSNConv2d, fastsn.SSNLinear, fastsn.SSNEmbedding),
+    "bsn": (fastsn.BSNConv2d, fastsn.BSNLinear, fastsn.BSNEmbedding),
+    "bssn": (fastsn.BSSNConv2d, fastsn.BSSNLinear, fastsn.BSSNEmbedding),
 }
 _WITH_FACTOR = {"sn": "ssn", "ssn": "ssn", "bsn": "bssn", "bssn": "bssn"}
 
@@ -27,6 +27,7 @@ class Layers(NamedTuple):
 
     conv: Callable[..., nn.Module]
     linear: Callable[..., nn.Module]
+    embedding: Callable[..., nn.Module]
 
 
 def layers(config: Numbers) -> Layers:
@@ -34,18 +35,22 @@ def layers(config: Numbers) -> Layers:
     scale, one for all layers or one for each, as in the code of Lin et al., NeurIPS 2021."""
     if config.gamma == "none":
         fixed = {} if config.norm == "none" else {"scale": config.scale}
-        return Layers(*(_with(layer, lambda: fixed) for layer in _LAYERS[config.norm]))
+        return Layers(*(_with(layer, lambda _: fixed) for layer in _LAYERS[config.norm]))
     shared = nn.Parameter(torch.tensor(config.scale))
 
-    def arguments() -> dict[str, Any]:
+    def arguments(has_bias: bool) -> dict[str, Any]:
         own = shared if config.gamma == "same" else nn.Parameter(torch.tensor(config.scale))
-        return {"scale": own, "scale_bias": True}
+        return {"scale": own, "scale_bias": has_bias}
 
     return Layers(*(_with(layer, arguments) for layer in _LAYERS[_WITH_FACTOR[config.norm]]))
 
 
-def _with(layer: type[nn.Module], arguments: Callable[[], dict[str, Any]]) -> Callable[..., nn.Module]:
-    return lambda *args, **kwargs: layer(*args, **kwargs, **arguments())
+def _with(layer: type[nn.Module], arguments: Callable[[bool], dict[str, Any]]) -> Callable[..., nn.Module]:
+    def make(*args: Any, **kwargs: Any) -> nn.Module:
+        has_bias = not issubclass(layer, nn.Embedding) and kwargs.get("bias", True)
+        return layer(*args, **kwargs, **arguments(has_bias))
+
+    return make
 
 
 class Norm:

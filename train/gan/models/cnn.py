@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fastsn
 from gan import norms
 from gan.config import Numbers
+from gan.models.batch_norm import BatchNorm1d, BatchNorm2d
 
 
 def _widths(width: float) -> tuple[int, int, int, int]:
@@ -24,15 +25,17 @@ class Generator(nn.Module):
     eps 1e-5. Labels are not used.
     """
 
+    classes = 0
+
     def __init__(self, config: Numbers, channels: int, draw: torch.Generator) -> None:
         super().__init__()
         a, b, c, d = _widths(config.width)
         side = config.image_size // 8
         self.start, features = (d, side, side), d * side**2
-        normalised = [nn.BatchNorm1d(features), nn.ReLU()] if config.architecture == "bsn" else []
+        normalised = [BatchNorm1d(features, config.bn_groups), nn.ReLU()] if config.architecture == "bsn" else []
         self.dense = nn.Sequential(nn.Linear(config.latent, features), *normalised)
         self.convs = nn.Sequential(
-            *(layer for i, o in ((d, c), (c, b), (b, a)) for layer in _up(i, o)),
+            *(layer for i, o in ((d, c), (c, b), (b, a)) for layer in _up(i, o, config.bn_groups)),
             nn.ConvTranspose2d(a, channels, 3, stride=1, padding=1),
             nn.Tanh(),
         )
@@ -45,8 +48,8 @@ class Generator(nn.Module):
         return self.convs(self.dense(z).unflatten(1, self.start))
 
 
-def _up(i: int, o: int) -> tuple[nn.Module, ...]:
-    return nn.ConvTranspose2d(i, o, 4, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()
+def _up(i: int, o: int, groups: int) -> tuple[nn.Module, ...]:
+    return nn.ConvTranspose2d(i, o, 4, stride=2, padding=1), BatchNorm2d(o, groups), nn.ReLU()
 
 
 class Discriminator(nn.Module):
@@ -59,13 +62,13 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: Numbers, channels: int, draw: torch.Generator) -> None:
         super().__init__()
-        conv, linear = norms.layers(config)
+        make = norms.layers(config)
         a, b, c, d = _widths(config.width)
         layers: list[nn.Module] = []
         for i, o, kernel in ((channels, a, 3), (a, a, 4), (a, b, 3), (b, b, 4), (b, c, 3), (c, c, 4), (c, d, 3)):
-            layers += [conv(i, o, kernel, stride=kernel - 2, padding=1), nn.LeakyReLU(0.1)]
+            layers += [make.conv(i, o, kernel, stride=kernel - 2, padding=1), nn.LeakyReLU(0.1)]
         self.convs = nn.Sequential(*layers)
-        self.linear = linear(d * (config.image_size // 8) ** 2, 1)
+        self.linear = make.linear(d * (config.image_size // 8) ** 2, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04, generator=draw)
