@@ -20,7 +20,7 @@ from gan.training import Training
 from rank_jobs import digest
 
 CPU = torch.device("cpu")
-TINY = {"batch_size": 8, "bn_groups": 2, "width": 0.05, "image_size": 8, "latent": 5, "lr_g": 1e-3, "lr_d": 1e-3}
+TINY = {"batch_size": 8, "bn_groups": 2, "width": 0.05, "image_size": 8, "latent": 5, "lr_g": 2e-4, "lr_d": 2e-4}
 
 
 @contextlib.contextmanager

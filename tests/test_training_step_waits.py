@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gan.config import Config
@@ -33,20 +34,27 @@ RUNS = {
 
 
 class Waits(TorchDispatchMode):
-    """Names of the operators that need the value of a tensor in Python. Adam's count of steps, which torch keeps on the
-    CPU, is no reason to wait."""
+    """Names of the operators that need the value of a tensor in Python. Counts that are on the CPU with a GPU too are no
+    reason to wait: Adam's of steps, the average's."""
 
     def __init__(self, training: Training) -> None:
         super().__init__()
         states = [*training.optimizer_g.state.values(), *training.optimizer_d.state.values()]
-        self.counts = {state["step"].data_ptr() for state in states}
+        counts = [state["step"] for state in states]
+        counts += [training.average.n_averaged] if training.average is not None else []
+        assert all(x.device.type == "cpu" for x in counts)
+        self.counts = {x.data_ptr(): x for x in counts}
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in WAITING and args[0].data_ptr() not in self.counts:
+        of_a_count = bool(args) and isinstance(args[0], Tensor) and args[0].data_ptr() in self.counts
+        if name in WAITING and not of_a_count:
             self.found.append(name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if of_a_count and isinstance(result, Tensor):
+            self.counts[result.data_ptr()] = result  # as whether it is 0
+        return result
 
 
 def training_and_batches(run: str) -> tuple[Training, Any]:

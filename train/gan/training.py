@@ -46,6 +46,7 @@ class Training:
         self.average: nn.Module | None = None
         if config.ema:
             self.average = AveragedModel(self.generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+            self.average.n_averaged = torch.tensor(0)  # on the CPU: Python asks for its value at every step
             self._parts["average"] = self.average
         self._g = torch.compile(self.generator) if "generator" in config.compiled else self.generator
         self._d = torch.compile(self.discriminator) if "discriminator" in config.compiled else self.discriminator
