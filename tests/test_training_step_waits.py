@@ -34,8 +34,8 @@ RUNS = {
 
 
 class Waits(TorchDispatchMode):
-    """Names of the operators that need the value of a tensor in Python. Counts that are on the CPU with a GPU too are no
-    reason to wait: Adam's of steps, the average's."""
+    """Names of the operators that need the value of a tensor in Python. Counts that are on the CPU with a GPU too are
+    no reason to wait: Adam's of steps, the average's."""
 
     def __init__(self, training: Training) -> None:
         super().__init__()
