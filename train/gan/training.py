@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gan import models, norms, streams
 from gan.config import Numbers
-from gan.data.images import to_float
+from gan.data.images import dequantized, to_float
+from gan.distributed import ranks
 from gan.losses import LOSSES, gradient_penalty
 
 
@@ -66,7 +67,7 @@ class Training:
         for i in range(self.config.n_dis):
             images, labels = next(batches)
             z, fake_labels = self._draw("d", self.config.batch_size, i)
-            scalars |= self._discriminator_step(to_float(images), labels, z, fake_labels, i)
+            scalars |= self._discriminator_step(self._floats(images, i), labels, z, fake_labels, i)
         if self.config.order == "d_first":
             again = (z, fake_labels) if self.config.z_of_g == "reused" else self._fresh()
             scalars["loss/g"] = self._generator_step(*again)
@@ -82,6 +83,15 @@ class Training:
         if not self.classes:
             return z, None
         return z, streams.labels(seed, f"labels of {of}", count, self.classes, *moment).to(self.device)
+
+    def _floats(self, images: Tensor, i: int) -> Tensor:
+        """Real images as the discriminator sees them. Noise is drawn image by image: a rank draws its own only."""
+        if not self.config.dequantize:
+            return to_float(images)
+        first = ranks().share(self.config.batch_size).start
+        moments = [(self.step, i, number) for number in range(first, first + len(images))]
+        noise = [streams.uniform(self.config.seed, "dequantization", images.shape[1:], *m) for m in moments]
+        return dequantized(images, torch.stack(noise).to(self.device))
 
     def _fresh(self) -> tuple[Tensor, Tensor | None]:
         return self._draw("g", self.config.batch_size_g or self.config.batch_size)
