@@ -109,8 +109,16 @@ def _from_store(fakes: Store) -> Callable[[int, int], Tensor]:
 
 
 def _from_latents(generator: nn.Module, latent: int, seed: int, device: str) -> Callable[[int, int], Tensor]:
-    """Those that training evaluates: z ~ N(0, I), each a function of the seed and its number."""
-    return lambda first, count: generator(streams.numbered(seed, "evaluation", first, count, latent).to(device))
+    """Those that training evaluates: z ~ N(0, I), each a function of the seed and its number, and every label equally
+    often where the generator takes any."""
+
+    def generate(first: int, count: int) -> Tensor:
+        z = streams.numbered(seed, "evaluation", first, count, latent).to(device)
+        labels = streams.numbered_labels(first, count, generator.classes) if generator.classes else None
+        images: Tensor = generator(z, None if labels is None else labels.to(device))
+        return images
+
+    return generate
 
 
 def _text(scores: Scores, protocol: protocols.Protocol) -> str:

@@ -2,6 +2,8 @@
 
 python train/export.py runs/cifar10/bssn --out bssn.safetensors     # both networks, the average, the config
 python train/export.py runs/cifar10/bssn --out bssn.onnx            # the generator: z (N, latent) to images in [-1, 1]
+
+A conditional generator takes labels (N,), int64, beside z.
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ def main(path: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
         checkpoint.atomic_write(out, source.read_bytes())
         return
     generator, config = load_generator(path)
+    inputs = ["z", "labels"] if generator.classes else ["z"]
     data = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs one more package
         torch.onnx.export(
             generator,
-            (torch.zeros(2, config.latent),),
+            (torch.zeros(2, config.latent), torch.zeros(2, dtype=torch.int64))[: len(inputs)],
             data,
-            input_names=["z"],
+            input_names=inputs,
             output_names=["images"],
-            dynamic_axes={"z": {0: "count"}, "images": {0: "count"}},
+            dynamic_axes={name: {0: "count"} for name in (*inputs, "images")},
             dynamo=False,
         )
     checkpoint.atomic_write(out, data.getbuffer())

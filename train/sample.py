@@ -33,7 +33,8 @@ def main(path: Annotated[Path, tyro.conf.Positional], out: Path, count: int = 10
         path: The folder of a run, a checkpoint, or weights (.safetensors).
         out: A .png file (a grid), a .npz file, or a folder that is empty or not there.
         count: How many images.
-        seed: Image number k is a function of the seed and of k.
+        seed: Image number k is a function of the seed and of k; its label, if the generator takes any, is k modulo the
+            classes.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -60,8 +61,10 @@ def _images(path: Path, count: int, seed: int) -> Iterator[Tensor]:
     """uint8 (n, C, S, S)."""
     generator, config = load_generator(path)
     for first in range(0, count, _BATCH):
-        z = streams.numbered(seed, "sample", first, min(_BATCH, count - first), config.latent)
-        yield to_uint8(generator(z))
+        number = min(_BATCH, count - first)
+        z = streams.numbered(seed, "sample", first, number, config.latent)
+        labels = streams.numbered_labels(first, number, generator.classes) if generator.classes else None
+        yield to_uint8(generator(z, labels))
 
 
 def _png(picture: Image.Image) -> memoryview:

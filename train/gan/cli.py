@@ -23,8 +23,8 @@ def start(main: Callable[..., None], presets: Presets | None = None, arguments: 
     def parse(given: list[str]) -> Call:
         import tyro  # only a command line needs it, so that recipes can be imported where it is not installed
 
-        config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-        call: Call = tyro.cli(later(main), args=_with_preset(given, presets or {}), config=config)
+        # Every flag has its --no-flag: a preset, and who takes it, may want either.
+        call: Call = tyro.cli(later(main), args=_with_preset(given, presets or {}), config=(tyro.conf.OmitArgPrefixes,))
         return call
 
     parse_and_call(parse, arguments)
@@ -91,8 +91,8 @@ def _with_preset(given: list[str], presets: Presets) -> list[str]:
     rest = given[:at] + given[at + (1 if "=" in given[at] else 2) :]
     flags: list[str] = []
     for field, value in presets[name].items():
-        flag = f"--{field.replace('_', '-')}"
-        flags += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
+        flag = field.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return flags + rest
 
 

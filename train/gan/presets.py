@@ -2,7 +2,10 @@
 
 bsn-1, bsn-2, bsn-3: the groups of Lin et al., NeurIPS 2021, and their code (fjxmlzn/BSN): scales, learning rates,
 SN-GAN's setting A; with -same and -different the trainable factors under Wasserstein with a gradient penalty.
-sngan-a to sngan-f: the settings of Miyato et al., ICLR 2018, Table 1, with the order of steps of their code.
+sngan-a to sngan-f: the settings of Miyato et al., ICLR 2018, Table 1, with the order of steps and the images of their
+code (pfnet-research/sngan_projection). sngan-resnet: the best row of its Table 2.
+Of ImageNet, 128 pixels a side: bsn is that of Lin et al., sngan-concat that of Miyato et al. (4.2), sngan-projection
+that of Miyato and Koyama, ICLR 2018.
 """
 
 from __future__ import annotations
@@ -31,8 +34,12 @@ _SNGAN: dict[str, Any] = {
     "z_of_g": "fresh",
     "batch_size": 64,
     "steps": 100_000,
+    "picks": "by_epochs",
+    "dequantize": True,
     "protocol": "sngan",
 }
+_RESNET: dict[str, Any] = {"loss": "hinge", "lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.0, "beta2": 0.9, "n_dis": 5}
+_SNGAN_RESNET: dict[str, Any] = {**_SNGAN, **_RESNET, "architecture": "sngan-resnet", "batch_size_g": 128}
 _SETTINGS = {
     "a": (1e-4, 0.5, 0.9, 5),
     "b": (1e-4, 0.5, 0.999, 1),
@@ -51,4 +58,25 @@ PRESETS |= {
 PRESETS |= {
     f"sngan-{name}": {**_SNGAN, "lr_g": lr, "lr_d": lr, "beta1": beta1, "beta2": beta2, "n_dis": n_dis}
     for name, (lr, beta1, beta2, n_dis) in _SETTINGS.items()
+}
+# 100,000 steps are the paper's; that the learning rate falls from the first step on is from the code's configs, which
+# have 50,000.
+PRESETS["sngan-resnet"] = {**_SNGAN_RESNET, "decay_from": 0}
+
+# Four GPUs had 16 images of a discriminator step and 32 of a generator step each, and batch norm of their own.
+_IMAGENET: dict[str, Any] = {**_SNGAN_RESNET, "bn_groups": 4, "steps": 450_000, "decay_from": 400_000}
+IMAGENET: dict[str, dict[str, Any]] = {
+    "bsn": {
+        **BSN,
+        **_RESNET,
+        "architecture": "bsn-resnet",
+        "batch_size": 16,
+        "batch_size_g": 32,
+        "z_of_g": "fresh",
+        "batch_norm_in_d_steps": False,
+        "picks": "with_replacement",
+        "steps": 500_000,
+    },
+    "sngan-projection": {**_IMAGENET, "conditional": "projection"},
+    "sngan-concat": {**_IMAGENET, "conditional": "concat"},
 }

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gan import models, norms, streams
 from gan.config import Numbers
-from gan.data.images import to_float
+from gan.data.images import dequantized, to_float
 from gan.devices import sent, tf32
 from gan.distributed import ranks
 from gan.losses import LOSSES, gradient_penalty
@@ -96,7 +96,7 @@ class Training:
                 with self.phases("data"):
                     images, labels = next(batches)
                 z, fake_labels = self._draw("d", self.config.batch_size, i)
-                real = to_float(images).contiguous(memory_format=self._format)
+                real = self._floats(images, i)
                 scalars |= self._discriminator_step(real, labels, z, fake_labels, i)
             if self.config.order == "d_first":
                 again = (z, fake_labels) if self.config.z_of_g == "reused" else self._fresh()
@@ -122,6 +122,16 @@ class Training:
     def _average_over_ranks(self, tensors: Iterable[Tensor | None]) -> None:
         with self.phases("reduction"):
             self.ranks.mean_(x for x in tensors if x is not None)
+
+    def _floats(self, images: Tensor, i: int) -> Tensor:
+        """Real images as the discriminator sees them. Noise is drawn image by image: a rank draws its own only."""
+        if not self.config.dequantize:
+            return to_float(images).contiguous(memory_format=self._format)
+        first = self.ranks.share(self.config.batch_size).start
+        moments = [(self.step, i, number) for number in range(first, first + len(images))]
+        noise = [streams.uniform(self.config.seed, "dequantization", images.shape[1:], *m) for m in moments]
+        floats = dequantized(images, sent(torch.stack(noise), self.device))
+        return floats.contiguous(memory_format=self._format)
 
     def _fresh(self) -> tuple[Tensor, Tensor | None]:
         return self._draw("g", self.config.batch_size_g or self.config.batch_size)

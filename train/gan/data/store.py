@@ -48,6 +48,10 @@ class Store:
     key: str
     rows: Rows
 
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            check_labels("labels: expected them", self.labels, self.count, self.classes)
+
     @property
     def nbytes(self) -> int:
         """Of all images."""
@@ -91,6 +95,16 @@ def memory_store(name: str, images: np.ndarray, labels: np.ndarray | None = None
     return Store(name, count, size, channels, labels, classes, key, InMemory(images))
 
 
+def check_labels(expected: str, labels: np.ndarray, count: int, classes: int) -> None:
+    """Raises ValueError, which begins with ``expected``, for what are not ``count`` labels below ``classes``."""
+    found = f"{labels.dtype} of shape {labels.shape}"
+    if labels.shape == (count,) and labels.dtype == np.int64:
+        if 0 <= labels.min() <= labels.max() < classes:
+            return
+        found = f"{labels.min()} to {labels.max()}"
+    raise ValueError(f"{expected} to be {count} int64 from 0 to {classes - 1}, got {found}")
+
+
 def digest(images: np.ndarray) -> bytes:
     """``DIGEST`` bytes that stand for up to ``CHUNK`` images."""
     return hashlib.blake2b(np.ascontiguousarray(images).data, digest_size=DIGEST).digest()
@@ -119,11 +133,7 @@ def open_store(folder: Path) -> Store:
             labels = np.load(folder / "labels.npy")
         except ValueError as error:
             raise ValueError(f"data: expected {folder / 'labels.npy'} to be a .npy file: {error}") from error
-        if labels.shape != shape[:1] or labels.dtype != np.int64 or not 0 <= labels.min() <= labels.max() < classes:
-            raise ValueError(
-                f"data: expected {folder / 'labels.npy'} to be {shape[0]} int64 from 0 to {classes - 1}, got "
-                f"{labels.dtype} of shape {labels.shape}"
-            )
+        check_labels(f"data: expected {folder / 'labels.npy'}", labels, shape[0], classes)
     return Store(meta["name"], shape[0], shape[1], shape[3], labels, classes, meta["key"], images)
 
 

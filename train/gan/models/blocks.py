@@ -1,4 +1,4 @@
-"""Residual blocks of the BSN authors' code (fjxmlzn/BSN) and of the SN-GAN authors' (pfnet-research/sngan_projection)."""
+"""Residual blocks of the BSN authors' code (fjxmlzn/BSN) and the SN-GAN authors' (pfnet-research/sngan_projection)."""
 
 from __future__ import annotations
 

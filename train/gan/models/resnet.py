@@ -88,7 +88,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.classes:
-            labels = given.required(labels, len(z), self.classes, not self.training)
+            labels = given.required(labels, z, self.classes, not self.training)
         x = self.dense(z).unflatten(1, self.start)
         for block in self.blocks:
             x = block(x, labels)
@@ -129,7 +129,7 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         embedded = None
         if self.classes:
-            embedded = self.embedding(given.required(labels, len(images), self.classes, not self.training))
+            embedded = self.embedding(given.required(labels, images, self.classes, not self.training))
         x = images
         for number, block in enumerate(self.blocks, 1):
             x = block(x)
