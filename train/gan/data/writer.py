@@ -21,8 +21,9 @@ import PIL
 from tqdm import tqdm
 
 from gan.data import store
-from gan.data.chunks import Chunks, made
+from gan.data.chunks import Chunks
 from gan.data.npy import header, naming, write_at
+from gan.data.processes import results
 from gan.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _fill(source: Source, partial: Path, head: bytes, workers: int) -> list[byte
         if left < total:
             log.info("continuing %s: %d of %d images are there", partial, total - left, total)
         with tqdm(total=total, initial=total - left, unit="image", disable=None) as bar:
-            for i, digest in made(chunks, missing, workers):
+            for i, digest in results(chunks.make, missing, workers if source.parallel else 1):
                 with naming(path):
                     os.fdatasync(images.fileno())
                 digests[i] = digest
