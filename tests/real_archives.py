@@ -121,7 +121,7 @@ def authors_cifar10(data: np.ndarray) -> np.ndarray:
 def imagenet_pictures(rng: np.random.Generator, each: int) -> dict[str, bytes]:
     """Of one class: one of every odd kind that ILSVRC2012 has, then JPEGs, wide and high, up to ``each``."""
     photo = picture(rng, 280, 300)
-    inks = rng.integers(0, 256, (260, 270, 4), dtype=np.uint8)
+    inks = np.dstack([photo, picture(rng, 280, 300)[..., 0]])
     found = [
         encoded(Image.fromarray(inks, "CMYK"), quality=95),
         encoded(photo, "PNG"),

@@ -42,6 +42,16 @@ def read_at(fd: int, view: memoryview, at: int) -> None:
         view, at = view[got:], at + got
 
 
+def sync_folder(folder: Path) -> None:
+    """The names of the files in it."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def header(shape: tuple[int, ...]) -> bytes:
     """What stands before the bytes of a uint8 array of this shape."""
     buffer = io.BytesIO()

@@ -25,7 +25,7 @@ def chainer(content: bytes, size: int) -> np.ndarray:
     level from what it writes.
     """
     with Image.open(io.BytesIO(content)) as opened:
-        sampling = JpegImagePlugin.get_sampling(opened) if opened.format == "JPEG" else 0
+        sampling = max(JpegImagePlugin.get_sampling(opened), 0)  # -1: no JPEG of three channels
         picture = opened.convert("RGB")
     shape = [int(side * LEAST / min(picture.size) + 0.5) for side in picture.size]
     square = pixels.centre(np.asarray(picture.resize(shape, Image.Resampling.LANCZOS)), LEAST)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from gan.data import store
 from gan.data.chunks import Chunks
-from gan.data.npy import header, naming, write_at
+from gan.data.npy import header, naming, sync_folder, write_at
 from gan.data.processes import results
 from gan.data.sources import Source
 
@@ -46,9 +46,9 @@ def write(source: Source, out: Path, workers: int) -> dict[str, Any]:
         if source.labels is not None:
             _save(partial / "labels.npy", lambda file: np.save(file, source.labels))
         _save(partial / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode() + b"\n"))
-        _sync(partial)
+        sync_folder(partial)
         partial.rename(out)
-        _sync(out.parent)
+        sync_folder(out.parent)
     _remove_progress(out)
     return meta
 
@@ -138,16 +138,6 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """The names of the files in it."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove_progress(out: Path) -> None:
