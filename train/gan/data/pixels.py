@@ -71,19 +71,20 @@ def linear(image: np.ndarray, size: int) -> np.ndarray:
     """
     if len(image) == 2 * size:
         return halve(image)
-    left, right, left_weight, right_weight = _neighbours(len(image), size)
-    # Beside the first and the last pixel OpenCV takes that pixel alone in a row, and twice, weighted, in a column.
-    beside = left == right
-    rounded = (np.where(beside, 2048, left_weight), np.where(beside, 0, right_weight))
-    columns = [(3 * at[:, None] + np.arange(3)).reshape(-1) for at in (left, right)]
-    weights = [np.repeat(weight, 3) for weight in rounded]
-    flat = np.ascontiguousarray(image).reshape(len(image), -1)
+    before, after, *weights = _neighbours(len(image), size)
+    # Beyond the first and the last pixel OpenCV takes that one alone within a row, but in a column twice, weighted.
+    within_row = [np.where(before == after, alone, x) for alone, x in zip(np.int32([2048, 0]), weights, strict=True)]
+    # Channels become columns of their own, as NumPy is slow where the last axis is short.
+    left, right = ((3 * at[:, None] + np.arange(3)).reshape(-1) for at in (before, after))
+    of_left, of_right = (np.repeat(weight, 3) for weight in within_row)
 
     def rows(at: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        found = flat[at]
-        return (found[:, columns[0]] * weights[0] + found[:, columns[1]] * weights[1] >> 4) * weight[:, None] >> 16
+        found = image.take(at, 0).reshape(size, -1)
+        mixed = found.take(left, 1) * of_left + found.take(right, 1) * of_right
+        return (mixed >> 4) * weight[:, None] >> 16
 
-    return (rows(left, left_weight) + rows(right, right_weight) + 2 >> 2).astype(np.uint8).reshape(size, size, 3)
+    mixed = rows(before, weights[0]) + rows(after, weights[1]) + 2 >> 2
+    return mixed.astype(np.uint8).reshape(size, size, 3)
 
 
 def _neighbours(old: int, new: int) -> tuple[np.ndarray, ...]:
