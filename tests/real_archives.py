@@ -116,3 +116,46 @@ def authors_stl10(content: bytes) -> np.ndarray:
 def authors_cifar10(data: np.ndarray) -> np.ndarray:
     """gan/load_data.py, before the division."""
     return np.transpose(np.reshape(data, [len(data), 3, 32, 32]), [0, 2, 3, 1])
+
+
+def imagenet_pictures(rng: np.random.Generator, each: int) -> dict[str, bytes]:
+    """Of one class: one of every odd kind that ILSVRC2012 has, then JPEGs, wide and high, up to ``each``."""
+    photo = picture(rng, 280, 300)
+    inks = np.dstack([photo, picture(rng, 280, 300)[..., 0]])
+    found = [
+        encoded(Image.fromarray(inks, "CMYK"), quality=95),
+        encoded(photo, "PNG"),
+        encoded(Image.fromarray(photo[..., 0])),
+        turned(photo, 6),
+        encoded(picture(rng, 20, 30)),
+        encoded(picture(rng, 400, 256), subsampling=0),
+        encoded(picture(rng, 257, 401)),
+        encoded(picture(rng, 256, 256)),  # twice 128
+    ]
+    found += [encoded(picture(rng, *rng.integers(60, 120, 2))) for _ in range(each - len(found))]
+    return {f"{10026 + 7 * i}": content for i, content in enumerate(found[:each])}
+
+
+def imagenet_tar(path: Path, rng: np.random.Generator, classes: int, each: int) -> Path:
+    """A small ILSVRC2012_img_train.tar: so many classes of so many pictures, the odd ones among them."""
+    return tar_of_classes(path, {f"n{1440764 + i:08d}": imagenet_pictures(rng, each) for i in range(classes)})
+
+
+def tar_of_classes(path: Path, classes: Mapping[str, Mapping[str, bytes]]) -> Path:
+    """In the manner of ILSVRC2012_img_train.tar, from {wnid: {number: picture}}."""
+    tars = {}
+    for wnid, pictures in classes.items():
+        inner = tar(path.with_name(f"{wnid}.tar"), {f"{wnid}_{i}.JPEG": content for i, content in pictures.items()})
+        tars[inner.name] = inner.read_bytes()
+        inner.unlink()
+    return tar(path, tars)
+
+
+def authors_imagenet(content: bytes, size: int = 128) -> np.ndarray:
+    """dataset_preprocess/ImageNet/preprocess.py."""
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return cv2.resize(image[top : top + side, left : left + side], (size, size))

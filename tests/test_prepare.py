@@ -9,13 +9,25 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import real_archives as real
 from gan.data import pixels, store
 from gan.data.store import memory_store, open_store
-from prepare_runs import CELEBA, CIFAR, CIFAR_LABELS, PART, STL, celeba, cifar10, images, pictures, run, stl10
+from prepare_runs import (
+    CELEBA,
+    CIFAR,
+    CIFAR_LABELS,
+    PART,
+    STL,
+    antialiased,
+    celeba,
+    cifar10,
+    images,
+    pictures,
+    run,
+    stl10,
+)
 
 RNG = np.random.default_rng(1)
 
@@ -76,13 +88,6 @@ def test_a_picture_of_any_kind_is_what_opencv_makes_of_it(name, content):
 def test_halving_is_opencvs_linear_resize(size):
     image = RNG.integers(0, 256, (size, size, 3), dtype=np.uint8)
     assert np.array_equal(pixels.halve(image), cv2.resize(image, (size // 2, size // 2)).reshape(size // 2, -1, 3))
-
-
-def antialiased(image: np.ndarray, size: int) -> np.ndarray:
-    """Bilinear by torch, which shares no code with Pillow."""
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].double()
-    y = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return y[0].permute(1, 2, 0).numpy()
 
 
 def test_mimicrys_pixels_are_antialiased(tmp_path):

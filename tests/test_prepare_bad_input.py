@@ -44,7 +44,7 @@ def test_a_foreign_file_is_refused(tmp_path, name):
     assert "got" in refusal(name, tmp_path / "absent", "--out", tmp_path / "data", *PART[name])
 
 
-@pytest.mark.parametrize(("name", "count"), [("cifar10", 20), ("stl10", 7), ("celeba", 6)])
+@pytest.mark.parametrize(("name", "count"), [("cifar10", 20), ("stl10", 7), ("celeba", 6), ("imagenet", 18)])
 @pytest.mark.parametrize("off", [-1, 1])
 def test_another_number_of_images_than_expected_is_refused(tmp_path, name, count, off):
     args = ["--no-checksum", "--expect", str(count + off)]

@@ -126,7 +126,7 @@ def test_chunks_without_their_images_are_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "CHUNK", 2)
     archive = stl10(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("gan.data.writer._sync", _stops)
+        patched.setattr("gan.data.writer.sync_folder", _stops)
         refusal("stl10", archive, "--out", tmp_path / "data", *PART["stl10"])
     (tmp_path / "data.partial/images.npy").unlink()
     run("stl10", archive, "--out", tmp_path / "data", *PART["stl10"])

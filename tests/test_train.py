@@ -321,7 +321,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch):
 def test_flags_beside_a_preset_win(monkeypatch):
     seen: list[Config] = []
     monkeypatch.setattr(images.recipe, "train", lambda config, *_: seen.append(config))
-    monkeypatch.setattr(images, "open_store", lambda _: None)
+    monkeypatch.setattr(images.recipe, "open_data", lambda _: None)
     cli.start(images.main, presets.PRESETS, ["--name", "x", "--data", "d", "--preset", "sngan-a", "--n-dis", "3"])
     assert (seen[0].lr_g, seen[0].n_dis, seen[0].ema) == (1e-4, 3, 0.999)
 

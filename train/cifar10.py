@@ -15,7 +15,6 @@ from pathlib import Path
 
 from gan import cli, recipe
 from gan.config import Config
-from gan.data.store import open_store
 from gan.presets import PRESETS
 
 
@@ -32,7 +31,7 @@ class Cifar10(Config):
 def main(config: Cifar10, resume: bool = False, dry_run: bool = False) -> None:
     """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME: a row of the
     papers' tables."""
-    recipe.train(config, open_store(config.data), resume, dry_run)
+    recipe.train(config, recipe.open_data(config), resume, dry_run)
 
 
 if __name__ == "__main__":

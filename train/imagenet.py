@@ -16,7 +16,6 @@ from pathlib import Path
 
 from gan import cli, recipe
 from gan.config import Architecture, Config, ZOfG
-from gan.data.store import open_store
 from gan.presets import IMAGENET
 
 
@@ -44,7 +43,7 @@ class ImageNet(Config):
 def main(config: ImageNet, resume: bool = False, dry_run: bool = False) -> None:
     """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME: a row of the
     papers' tables."""
-    recipe.train(config, open_store(config.data), resume, dry_run)
+    recipe.train(config, recipe.open_data(config), resume, dry_run)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Turn an archive, or a folder of images, into a data folder: images.npy, labels.npy, meta.json.
 
-    python train/prepare.py cifar10 cifar-10-python.tar.gz --out data/cifar10
-    python train/prepare.py stl10   stl10_binary.tar.gz    --out data/stl10
-    python train/prepare.py celeba  img_align_celeba.zip   --out data/celeba
-    python train/prepare.py folder  my/images --size 64    --out data/mine     # class folders become labels
-    python train/prepare.py npy     stl10.npy              --out data/stl10    # what the BSN authors' scripts wrote
+    python train/prepare.py cifar10  cifar-10-python.tar.gz   --out data/cifar10
+    python train/prepare.py stl10    stl10_binary.tar.gz      --out data/stl10
+    python train/prepare.py celeba   img_align_celeba.zip     --out data/celeba
+    python train/prepare.py imagenet ILSVRC2012_img_train.tar --out data/imagenet
+    python train/prepare.py folder   my/images --size 64      --out data/mine     # class folders become labels
+    python train/prepare.py npy      stl10.npy                --out data/stl10    # what the BSN authors' scripts wrote
 
-The same command continues after an interruption. Pixels are to the bit those of the BSN authors' scripts; for stl10 and
-celeba, --preset mimicry gives those of mimicry.
+The same command continues after an interruption. Pixels are to the bit those of the BSN authors' scripts; --preset
+mimicry gives those of mimicry for stl10, celeba and imagenet, and --preset chainer nearly those of the SN-GAN authors,
+with the images that they leave out left out, for imagenet.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tyro
 
 from gan import cli
 from gan.data.archives import CelebA, Cifar10, Stl10
+from gan.data.imagenet import IMAGES, ImageNet
 from gan.data.sources import Folder, Npy, Source
 from gan.data.writer import write
 
@@ -54,6 +57,20 @@ def celeba(
     _write(CelebA(archive, checksum, expect, preset), out, workers)
 
 
+def imagenet(
+    archive: tyro.conf.Positional[Path],
+    out: Path,
+    checksum: bool = True,
+    expect: int = IMAGES,
+    preset: str = "bsn",
+    size: int = 128,
+    workers: int = CORES,
+) -> None:
+    """ILSVRC2012_img_train.tar: 1,281,167 images of 1,000 classes, made --size x --size. Presets: bsn, chainer,
+    mimicry. --expect counts the images of the archive, those that chainer drops too."""
+    _write(ImageNet(archive, checksum, expect, preset, size, workers), out, workers)
+
+
 def folder(
     images: tyro.conf.Positional[Path],
     out: Path,
@@ -78,7 +95,7 @@ def _write(source: Source, out: Path, workers: int = 1) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The command line. A mistake of the user, a broken archive or a fault of a disk ends in one line and status 1."""
-    commands = {command.__name__: cli.later(command) for command in (cifar10, stl10, celeba, folder, npy)}
+    commands = {command.__name__: cli.later(command) for command in (cifar10, stl10, celeba, imagenet, folder, npy)}
     config = (tyro.conf.FlagCreatePairsOff,)
     try:
         cli.parse_and_call(

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Protocol
 
 from gan import devices, loop
 from gan.config import Config
-from gan.data.store import Store
+from gan.data.staging import staged
+from gan.data.store import Store, open_store
 from gan.distributed import ranks
 from gan.training import Training
+
+
+class OnDisk(Protocol):
+    """What a config says of its data."""
+
+    @property
+    def data(self) -> Path: ...
+
+    @property
+    def stage(self) -> Path | None: ...
+
+
+def open_data(config: OnDisk) -> Store:
+    """The data folder of every rank, from its node's own disk where the config says so: the same images everywhere."""
+    with ranks().together():
+        store = open_store(staged(config.data, config.stage))
+    ranks().same("data", store.key)
+    return store
 
 
 def train(config: Config, store: Store, resume: bool = False, dry_run: bool = False) -> None:

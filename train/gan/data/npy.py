@@ -33,6 +33,25 @@ def write_at(path: Path, content: bytes, at: int) -> None:
             view, at = view[written:], at + written
 
 
+def read_at(fd: int, view: memoryview, at: int) -> None:
+    """All that fits into ``view``."""
+    while len(view) > 0:
+        got = os.preadv(fd, [view], at)
+        if got == 0:
+            raise OSError(errno.EIO, f"the file has become shorter: it ends before byte {at}")
+        view, at = view[got:], at + got
+
+
+def sync_folder(folder: Path) -> None:
+    """The names of the files in it."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def header(shape: tuple[int, ...]) -> bytes:
     """What stands before the bytes of a uint8 array of this shape."""
     buffer = io.BytesIO()
@@ -62,14 +81,8 @@ class ImagesFile:
         starts = np.flatnonzero(np.diff(index, prepend=index[:1] - 2) != 1)
         with naming(self.path):
             for first, last in zip(starts, [*starts[1:], len(index)], strict=True):
-                self._fill(view[first * self.row : last * self.row], self.offset + int(index[first]) * self.row)
-
-    def _fill(self, view: memoryview, at: int) -> None:
-        while len(view) > 0:
-            got = os.preadv(self.fd, [view], at)
-            if got == 0:
-                raise OSError(errno.EIO, f"the file has become shorter: it ends before byte {at}")
-            view, at = view[got:], at + got
+                part = view[first * self.row : last * self.row]
+                read_at(self.fd, part, self.offset + int(index[first]) * self.row)
 
 
 def _read_header(path: Path, argument: str) -> tuple[tuple[int, ...], int]:

@@ -57,6 +57,12 @@ def check_expected(where: Path, expected: int | None, found: int) -> None:
         raise ValueError(f"expect: expected images in {where.name}, got none")
 
 
+def check_size(size: int) -> None:
+    """Of the images to be made."""
+    if size < 1:
+        raise ValueError(f"size: expected at least 1 pixel, got {size}")
+
+
 def md5_of(path: Path) -> str:
     """Of a file of any size, with a progress bar."""
     found = hashlib.md5(usedforsecurity=False)
@@ -82,8 +88,7 @@ class Folder(Source):
     parallel = True
 
     def __init__(self, folder: Path, size: int, expect: int | None = None) -> None:
-        if size < 1:
-            raise ValueError(f"size: expected at least 1 pixel, got {size}")
+        check_size(size)
         if not folder.is_dir():
             raise ValueError(f"folder: expected a folder of images, got {folder}")
         inside = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)

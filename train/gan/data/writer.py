@@ -21,8 +21,9 @@ import PIL
 from tqdm import tqdm
 
 from gan.data import store
-from gan.data.chunks import Chunks, made
-from gan.data.npy import header, naming, write_at
+from gan.data.chunks import Chunks
+from gan.data.npy import header, naming, sync_folder, write_at
+from gan.data.processes import results
 from gan.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ def write(source: Source, out: Path, workers: int) -> dict[str, Any]:
         if source.labels is not None:
             _save(partial / "labels.npy", lambda file: np.save(file, source.labels))
         _save(partial / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode() + b"\n"))
-        _sync(partial)
+        sync_folder(partial)
         partial.rename(out)
-        _sync(out.parent)
+        sync_folder(out.parent)
     _remove_progress(out)
     return meta
 
@@ -123,7 +124,7 @@ def _fill(source: Source, partial: Path, head: bytes, workers: int) -> list[byte
         if left < total:
             log.info("continuing %s: %d of %d images are there", partial, total - left, total)
         with tqdm(total=total, initial=total - left, unit="image", disable=None) as bar:
-            for i, digest in made(chunks, missing, workers):
+            for i, digest in results(chunks.make, missing, workers if source.parallel else 1):
                 with naming(path):
                     os.fdatasync(images.fileno())
                 digests[i] = digest
@@ -137,16 +138,6 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """The names of the files in it."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove_progress(out: Path) -> None:
