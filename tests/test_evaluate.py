@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +11,8 @@ from PIL import Image
 from torch import nn
 
 import evaluate
+from gan import weights
+from gan.config import Config
 from gan.data.store import memory_store
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (24, 8, 8, 3)).astype(np.uint8)
@@ -64,10 +64,10 @@ class Painter(nn.Module):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """The folder of a run, its generator, and a data folder that its config names."""
-    generator, weights = Painter(), ModuleType("gan.weights")
+    generator = Painter()
     data = save(tmp_path / "data", IMAGES)
-    weights.load_generator = lambda path: (generator, SimpleNamespace(latent=4, seed=0, path=path))
-    monkeypatch.setitem(sys.modules, "gan.weights", weights)
+    config = Config(name="x", latent=4, image_size=8)
+    monkeypatch.setattr(weights, "load", lambda _, device: weights.Trained(generator, config, 0, torch.device(device)))
     folder = tmp_path / "runs/x"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"runtime": {"data": str(data)}}))

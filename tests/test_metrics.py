@@ -93,7 +93,7 @@ def test_fid_and_score_of_modern_share_their_fakes(tmp_path):
 
 
 def test_kid_is_measured_where_the_protocol_has_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("gan.metrics.evaluator.KID_SUBSET_SIZE", 15)
+    monkeypatch.setattr("gan.metrics.protocols.KID_SUBSET_SIZE", 15)
     network = Tiny()
     found = evaluator(tmp_path, small(kid=True), network=network)(fakes)
     assert found.kid_std > 0

@@ -1,5 +1,4 @@
-"""Fréchet distance, Inception Score and KID: those of scipy, torchmetrics and torch-fidelity, on any number of
-processes."""
+"""Fréchet distance, Inception Score and KID: those of scipy, torchmetrics and torch-fidelity."""
 
 from __future__ import annotations
 
@@ -89,18 +88,3 @@ def test_scores_and_kid_are_those_of_torch_fidelity():
     for pool, x in zip(pools, (a, b), strict=True):
         pool.update(torch.cat([x, x]), torch.arange(2 * len(x)))  # what is past the pool is not kept
     assert scores.kernel_distance(*pools, 5, 20, 3) == pytest.approx(tuple(expected.values()), rel=1e-10)
-
-
-def test_sums_over_two_processes_add_up_to_those_over_one():
-    found, logits, number = torch.randn(24, 6), torch.randn(24, 5), torch.arange(24)
-    wholes, parts = [], []
-    for into, mine in ((wholes, [slice(None)]), (parts, [slice(0, None, 2), slice(1, None, 2)])):
-        for part in mine:
-            sums = (scores.Moments.empty(6, CPU), scores.Predictions.empty(4, 5, CPU), scores.Pool.empty(10, 6, CPU))
-            sums[0].update(found[part])
-            sums[1].update(logits[part], scores.split_of(number[part], 24, 4))
-            sums[2].update(found[part], number[part])
-            into.append(sums)
-    for whole, one, other in zip(wholes[0], *parts, strict=True):
-        for name, value in vars(one + other).items():
-            torch.testing.assert_close(value, getattr(whole, name))

@@ -3,28 +3,36 @@
 python train/evaluate.py runs/cifar10/bssn --protocol bsn                       # against the data it was trained on
 python train/evaluate.py samples/ --data data/cifar10 --protocol modern
 python train/evaluate.py samples/ --data other/images --protocol lite0
+python train/evaluate.py runs/imagenet/sn --protocol modern --intra --out intra.csv   # FID of each class, and the mean
+
+torchrun --nproc_per_node 8 train/evaluate.py ...  shares the work among as many processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
-from gan import cli, run, streams
-from gan.data import sources
+from gan import checkpoint, cli, run, streams, weights
+from gan.data import loose
 from gan.data.digits import digits
-from gan.data.pixels import decode
-from gan.data.store import Store, memory_store, open_store
+from gan.data.store import Store, open_store, read_meta
+from gan.distributed import ranks
+from gan.labels import chosen
 from gan.metrics import protocols
 from gan.metrics.evaluator import BATCH, Evaluator, Scores
+from gan.metrics.intra import ByClass, OfClass, by_class, intra_fid
+from gan.metrics.judge import Images, images_of
 
-CONFIG = "config.json"  # of a run's folder
+CONFIG, META = "config.json", "meta.json"  # of the folder of a run, of data
 
 
 def main(
@@ -36,8 +44,12 @@ def main(
     batch_size: int = BATCH,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     cache: Path = Path("runs"),
-) -> Scores:
-    """Print the scores of the images in PATH.
+    intra: bool = False,
+    intra_fakes: int = 5_000,
+    classes: tuple[int, ...] = (),
+    out: Path | None = None,
+) -> Scores | list[OfClass]:
+    """Print the scores of the images in PATH, or with --intra their intra-FID.
 
     Args:
         path: The folder of a run, a checkpoint, or a folder of images.
@@ -48,45 +60,83 @@ def main(
         batch_size: How many images at a time; does not change the scores beyond rounding.
         device: Where to compute.
         cache: A folder for the statistics of the reals.
+        intra: FID of each class alone, and their mean, by the network and the pixels of the protocol: of a conditional
+            generator, or of a folder with class folders, called as the classes of the data or by their labels.
+        intra_fakes: How many fakes of each class; of a folder, all that it has.
+        classes: Labels of the classes for --intra; default: all.
+        out: A .csv file for a row of each class of --intra: label, reals, fakes, fid.
     """
     row = protocols.find(protocol)
-    if not path.exists():
-        raise ValueError(f"path: expected a run, a checkpoint or a folder of images, got {path}, which is not there")
-    reals: Store | None = None
-    if path.is_file() or (path / CONFIG).exists():
-        from gan.weights import load_generator
-
-        generator, config = load_generator(path)
-        generate = _from_latents(generator.to(device), config.latent, config.seed if seed is None else seed, device)
-        data = data or run.data_of(path if path.is_dir() else path.parent.parent)
-        if data is None and protocol == "digits":
-            reals = digits(config.image_size)
-    else:
-        fakes = pictures(path)
-        row = _for_all_of(fakes, row)
-        generate = _from_store(fakes)
-    if reals is None:
-        if data is None:
-            raise ValueError("data: expected a folder to compare with, got none")
-        reals = open_store(data) if (data / "meta.json").exists() else pictures(data)
-    scores = Evaluator(reals, row, torch.device(device), inception_weights, cache, batch_size)(generate)
-    print(_text(scores, row))
+    if (classes or out) and not intra:
+        raise ValueError(f"{'classes' if classes else 'out'}: expected only with --intra")
+    with ranks().together():
+        if not path.exists():
+            raise ValueError(
+                f"path: expected a run, a checkpoint or a folder of images, got {path}, which is not there"
+            )
+        trained = weights.load(path, device) if path.is_file() or (path / CONFIG).exists() else None
+        if trained is not None:
+            seed = trained.config.seed if seed is None else seed
+            data = data or run.data_of(path if path.is_dir() else path.parent.parent)
+        if intra:
+            reals = _reals_with_labels(data, trained, protocol)
+            labels = chosen(classes, reals.classes)
+            row = dataclasses.replace(row, reals=None, kid=False)  # all that a class has
+            if trained is not None:
+                of_label = _from_labels(_conditional(trained, path, reals), seed, intra_fakes)
+            else:
+                of_label = by_class(loose.labelled(path, "path", _class_names(data)))
+        elif trained is not None:
+            generate = _from_latents(trained, seed)
+            reals = _reals(data, trained, protocol)
+        else:
+            fakes = loose.pictures(path)
+            row = _for_all_of(fakes, row)
+            generate = _from_store(fakes)
+            reals = _reals(data, trained, protocol)
+    evaluator = Evaluator(reals, row, torch.device(device), inception_weights, cache, batch_size)
+    if intra:
+        return _intra(evaluator, of_label, labels, out)
+    scores = evaluator(generate)
+    _say(_text(scores, row))
     return scores
 
 
-def pictures(folder: Path) -> Store:
-    """A folder of images of one size, as they are: neither cropped nor resized."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in sources.SUFFIXES)
-    if not found:
-        raise ValueError(f"path: expected images ({' '.join(sources.SUFFIXES)}) in {folder}, got none")
-    images: list[np.ndarray] = []
-    for path in found:
-        with sources.naming_member(folder, str(path.relative_to(folder))):
-            images.append(decode(path.read_bytes(), background=255))
-        height, width, _ = images[-1].shape
-        if height != width or images[-1].shape != images[0].shape:
-            raise ValueError(f"path: expected square images of one size, got {path} of {height} x {width} pixels")
-    return memory_store(folder.resolve().name, np.stack(images))
+def _reals(data: Path | None, trained: weights.Trained | None, protocol: str) -> Store:
+    """What to compare with."""
+    if data is not None:
+        return open_store(data) if (data / META).exists() else loose.pictures(data)
+    if trained is not None and protocol == "digits":
+        return digits(trained.config.image_size)
+    raise ValueError("data: expected a folder to compare with, got none")
+
+
+def _reals_with_labels(data: Path | None, trained: weights.Trained | None, protocol: str) -> Store:
+    """The same for intra-FID: a folder of images has class folders."""
+    if data is not None and not (data / META).exists():
+        return loose.labelled(data, "data", loose.class_folders(data, "data"))
+    reals = _reals(data, trained, protocol)
+    if reals.labels is None:
+        raise ValueError(f"data: expected images with labels for --intra, got {reals.name} without")
+    return reals
+
+
+def _class_names(data: Path) -> list[str]:
+    """Of a folder of prepare.py, or of images in class folders."""
+    if (data / META).exists():
+        return list(read_meta(data)["classes"])
+    return loose.class_folders(data, "data")
+
+
+def _conditional(trained: weights.Trained, path: Path, reals: Store) -> weights.Trained:
+    """A generator of the classes of the reals."""
+    if not trained.conditional:
+        raise ValueError(f"intra: expected a generator that takes labels, got {path} with conditional 'none'")
+    if trained.classes != reals.classes:
+        raise ValueError(
+            f"data: expected {trained.classes} classes, as the generator has, got {reals.name} with {reals.classes}"
+        )
+    return trained
 
 
 def _for_all_of(fakes: Store, protocol: protocols.Protocol) -> protocols.Protocol:
@@ -102,23 +152,52 @@ def _for_all_of(fakes: Store, protocol: protocols.Protocol) -> protocols.Protoco
     return protocol
 
 
-def _from_store(fakes: Store) -> Callable[[int, int], Tensor]:
+def _from_store(fakes: Store) -> Images:
     """Images in a random order, so that the splits of the score are alike though a folder may be sorted by class."""
     order = np.random.RandomState(0).permutation(fakes.count)
-    return lambda first, count: torch.from_numpy(fakes.read(order[first : first + count])).permute(0, 3, 1, 2)
+    return images_of(fakes, order)
 
 
-def _from_latents(generator: nn.Module, latent: int, seed: int, device: str) -> Callable[[int, int], Tensor]:
-    """Those that training evaluates: z ~ N(0, I), each a function of the seed and its number, and every label equally
-    often where the generator takes any."""
+def _from_latents(trained: weights.Trained, seed: int) -> Images:
+    """Those that training evaluates: z ~ N(0, I), each a function of the seed and its number, every class in turn."""
 
     def generate(first: int, count: int) -> Tensor:
-        z = streams.numbered(seed, "evaluation", first, count, latent).to(device)
-        labels = streams.numbered_labels(first, count, generator.classes) if generator.classes else None
-        images: Tensor = generator(z, None if labels is None else labels.to(device))
-        return images
+        z = streams.numbered(seed, "evaluation", first, count, trained.config.latent)
+        return trained.images(z, trained.numbered_labels(first, count))
 
     return generate
+
+
+def _from_labels(trained: weights.Trained, seed: int, count: int) -> ByClass:
+    """``count`` fakes of each class, of other z for each: a function of the seed, the label, and the number in it."""
+
+    def generate(label: int, first: int, number: int) -> Tensor:
+        z = streams.numbered(seed, "intra", label * count + first, number, trained.config.latent)
+        return trained.images(z, torch.full((number,), label))
+
+    return lambda label: (count, functools.partial(generate, label))
+
+
+def _intra(evaluator: Evaluator, fakes: ByClass, labels: Sequence[int], out: Path | None) -> list[OfClass]:
+    """Print the intra-FID, and write that of each class."""
+    counted = f"intra, {evaluator.protocol.name}: {len(labels)} classes"
+    if evaluator.missing:
+        _say(f"{counted}, network missing\n{evaluator.missing}")
+        return []
+    found = intra_fid(evaluator, fakes, labels)
+    mean = math.fsum(x.fid for x in found) / len(found)
+    _say(f"{counted}, network {evaluator.network.checksum}\nintra-{evaluator.protocol.distance}: {mean:.4f}")
+    if out is not None:
+        rows = [OfClass._fields, *found]
+        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        ranks().of_first(lambda: checkpoint.atomic_write(out, text.encode()))
+    return found
+
+
+def _say(text: str) -> None:
+    """Print once, however many processes there are."""
+    if ranks().first:
+        print(text)
 
 
 def _text(scores: Scores, protocol: protocols.Protocol) -> str:

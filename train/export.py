@@ -3,7 +3,7 @@
 python train/export.py runs/cifar10/bssn --out bssn.safetensors     # both networks, the average, the config
 python train/export.py runs/cifar10/bssn --out bssn.onnx            # the generator: z (N, latent) to images in [-1, 1]
 
-A conditional generator takes labels (N,), int64, beside z.
+A conditional generator's ONNX has a second input, labels, int64 (N,).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from gan import checkpoint, cli
-from gan.weights import load_generator
+from gan.weights import load
 
 
 def main(path: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
@@ -31,21 +31,23 @@ def main(path: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
         raise ValueError(f"out must be a .safetensors or .onnx file, got {out}")
     if out.suffix == ".safetensors":
         source = path / "weights" / "last.safetensors" if path.is_dir() else path
-        load_generator(source)  # that it is whole, and fits its config
+        load(source)  # that it is whole, and fits its config
         if source.suffix != ".safetensors":
             raise ValueError(f"path must be a run or its weights for a .safetensors file, got {path}")
         checkpoint.atomic_write(out, source.read_bytes())
         return
-    generator, config = load_generator(path)
-    inputs = ["z", "labels"] if generator.classes else ["z"]
+    trained = load(path)
+    inputs = {"z": torch.zeros(2, trained.config.latent)}
+    if trained.conditional:
+        inputs["labels"] = torch.zeros(2, dtype=torch.int64)
     data = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs one more package
         torch.onnx.export(
-            generator,
-            (torch.zeros(2, config.latent), torch.zeros(2, dtype=torch.int64))[: len(inputs)],
+            trained.generator,
+            tuple(inputs.values()),
             data,
-            input_names=inputs,
+            input_names=list(inputs),
             output_names=["images"],
             dynamic_axes={name: {0: "count"} for name in (*inputs, "images")},
             dynamo=False,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from gan import checkpoint, models
+from gan import checkpoint, models, streams
 from gan.config import Config
 from gan.training import Training
 
@@ -31,7 +33,39 @@ def save(path: Path, training: Training, about: dict[str, Any]) -> None:
     checkpoint.atomic_write(path, to_bytes(tensors, {"config": json.dumps({**about, "step": training.step})}))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A generator for evaluation, the config of its run, the number of classes of its data (0: without labels), and
+    the device that it is on."""
+
+    generator: nn.Module
+    config: Config
+    classes: int
+    device: torch.device
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the generator takes labels."""
+        return self.config.conditional != "none"
+
+    def images(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """Images in [-1, 1] of z (N, latent) and labels, int64 (N,); None for a generator that takes none."""
+        inputs = (z,) if labels is None else (z, labels)
+        images: Tensor = self.generator(*(x.to(self.device) for x in inputs))
+        return images
+
+    def numbered_labels(self, first: int, count: int) -> Tensor | None:
+        """The labels of image number first, first + 1, ..., as in training; None for a generator that takes none."""
+        return streams.numbered_labels(first, count, self.classes) if self.conditional else None
+
+
 def load_generator(path: str | Path) -> tuple[nn.Module, Config]:
+    """The generator and the config of ``load``."""
+    trained = load(path)
+    return trained.generator, trained.config
+
+
+def load(path: str | Path, device: str = "cpu") -> Trained:
     """The generator of a run's folder (its last weights), a checkpoint of it (step-*.pt) or a .safetensors file, for
     evaluation: the average where training kept one. The networks are unpacked from data, never from code.
 
@@ -52,7 +86,7 @@ def load_generator(path: str | Path) -> tuple[nn.Module, Config]:
         generator.load_state_dict(tensors[part])
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"path must hold the weights of its config's generator, got {path}: {error}") from error
-    return generator.eval().requires_grad_(False), config
+    return Trained(generator.eval().requires_grad_(False).to(device), config, about["classes"], torch.device(device))
 
 
 def config_of(about: dict[str, Any]) -> Config:

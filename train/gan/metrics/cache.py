@@ -15,22 +15,32 @@ from gan import checkpoint
 _log = logging.getLogger("gan")
 
 
-def remember(path: Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What ``compute`` gives, from the file if it has been computed before.
+def read(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as file:  # np.load leaves a damaged file open
+            return dict(file)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        _log.warning("%s is damaged and computed again (%s)", path, error)
+        return None
 
-    A damaged file is computed again; a file that cannot be written is a warning, since everything is there without it.
-    """
-    if path.exists():
-        try:
-            with np.load(io.BytesIO(path.read_bytes())) as file:  # np.load leaves a damaged file open
-                return dict(file)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            _log.warning("%s is damaged and computed again (%s)", path, error)
-    arrays = compute()
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """A file that cannot be written is a warning, since everything is there without it."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     try:
         checkpoint.atomic_write(path, buffer.getbuffer())
     except OSError as error:
         _log.warning("%s; it will be computed again", error)
+
+
+def remember(path: Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What ``compute`` gives, from the file if it has been computed before."""
+    arrays = read(path)
+    if arrays is None:
+        arrays = compute()
+        write(path, arrays)
     return arrays

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan.data.store import Store
+from gan.distributed import ranks
 from gan.metrics.cache import remember
 from gan.metrics.features import Network, with_checksum
 
@@ -65,7 +66,7 @@ def train_digit_classifier(
 
 
 def digit_classifier(store: Store, scale: tuple[float, float], cache: Path) -> Network:
-    """The classifier from its file below ``cache``, or trained now and put there."""
+    """The classifier from its file below ``cache``, or trained now and put there: by the first rank, for all."""
     if store.channels != 1 or store.labels is None:
         raise ValueError(
             f"protocol: expected grey images with labels for digits, got {store.name} with {store.channels} channels "
@@ -81,7 +82,8 @@ def digit_classifier(store: Store, scale: tuple[float, float], cache: Path) -> N
             )
         return {name: value.numpy() for name, value in net.state_dict().items()}
 
-    state = remember(cache / f"digit-classifier-{store.image_size}-{store.key[:8]}.npz", train)
+    path = cache / f"digit-classifier-{store.image_size}-{store.key[:8]}.npz"
+    state = ranks().of_first(lambda: remember(path, train))
     with torch.random.fork_rng(devices=[]):
         net = DigitClassifier(scale)
     net.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})

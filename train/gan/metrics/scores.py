@@ -6,22 +6,26 @@ Every field of the sums is a tensor that adds up: sums over parts of the images,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-T = TypeVar("T", bound="Sums")
+from gan.distributed import ranks
 
 
 @dataclass
 class Sums:
     """What several processes add field by field."""
 
-    def __add__(self: T, other: T) -> T:
-        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+def add_over_ranks(sums: Iterable[Sums]) -> None:
+    """Replace every field of ``sums``, all of one device, by its sum over the ranks."""
+    tensors = [getattr(x, field.name) for x in sums for field in fields(x)]
+    for dtype in dict.fromkeys(x.dtype for x in tensors):  # the same order on all ranks
+        ranks().sum_(x for x in tensors if x.dtype == dtype)
 
 
 @dataclass
