@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import evaluate
+import export
 import fastsn
 import restated_bsn
 import restated_resnets as restated
-from gan import losses, models, streams
+import sample
+from gan import losses, models, streams, weights
 from gan.config import RESNET_SIZES, Config
-from gan.data.images import to_float
+from gan.data.images import to_float, to_uint8
 from gan.training import Training
+from gan.weights import load_generator
 
 CPU = torch.device("cpu")
 CLASSES = 3
@@ -186,6 +191,9 @@ def test_weights_are_drawn_as_glorot_with_a_larger_gain_in_residual_convolutions
                 bound = math.sqrt(6 / (area * (p.shape[0] + p.shape[1])))
                 bound *= math.sqrt(2) if ".conv" in name else 1
                 assert 0.9 * bound < p.abs().max() <= bound, name
+    for name, found in fastsn.sigmas(net).items():  # u and v belong to these weights
+        exact = torch.linalg.matrix_norm(net.get_submodule(name).weight.flatten(1), 2)
+        assert found.sigma_out == pytest.approx(float(exact), rel=0.05), name
 
 
 @pytest.mark.parametrize(("architecture", "conditional"), NETWORKS)
@@ -253,6 +261,26 @@ def test_training_does_not_look_at_the_values_of_labels(monkeypatch):
 def test_a_conditional_config_takes_labelled_data():
     with pytest.raises(ValueError, match="conditional must be 'none' for data without labels, got 'concat'"):
         models.build(tiny(architecture="bsn-resnet", conditional="concat"), 3, 0)
+
+
+def test_samples_scores_and_exports_of_a_conditional_generator(tmp_path):
+    import onnx
+
+    config = tiny(architecture="sngan-resnet", conditional="projection", width=1 / 64)
+    training, file = Training(config, 3, CLASSES, CPU), tmp_path / "weights.safetensors"
+    nn.init.normal_(training.generator.blocks[0].bn1.gamma)
+    weights.save(file, training, {**config.identity(), "channels": 3, "classes": CLASSES})
+    generator, _ = load_generator(file)
+    z, y = streams.numbered(0, "sample", 0, 5, 5), torch.tensor([0, 1, 2, 0, 1])
+    sample.main(file, tmp_path / "a.npz", count=5)
+    with np.load(tmp_path / "a.npz") as found:
+        assert np.array_equal(found["images"], to_uint8(generator(z, y)).permute(0, 2, 3, 1).numpy())
+    scored = evaluate._from_latents(generator, 5, 0, "cpu")(2, 4)
+    assert torch.equal(scored, training.images("evaluation", 2, 4))
+    export.main(file, tmp_path / "g.onnx")
+    graph = onnx.load(tmp_path / "g.onnx").graph  # onnx's own evaluation of Resize takes minutes
+    assert [given.name for given in graph.input] == ["z", "labels"]
+    assert sum("labels" in node.input for node in graph.node) == 2 * 6  # gamma and beta of six batch norms
 
 
 @pytest.mark.parametrize("conditional", ["none", "projection", "concat"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -178,7 +179,7 @@ def rewritten(**fields: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "meta.json").write_text("{"), "as prepare.py writes it"),
         (rewritten(format=99), "of format 1, got 99"),
         (rewritten(count=41), r"of shape \(41, 8, 8, 3\)"),
-        (rewritten(classes=["0"]), "int64 from 0 to 0"),
+        (rewritten(classes=["0"]), r"int64 from 0 to 0, got 0 to \d"),
         (cut, r"images\.npy of 7808 bytes, as its header says, got 2000"),
         (lambda folder: (folder / "images.npy").write_bytes(b"GIF89a"), "to be a .npy file"),
         (lambda folder: (folder / "labels.npy").write_bytes(b"GIF89a"), "labels.npy"),
@@ -201,3 +202,13 @@ def test_uint8_comes_back_from_floats():
     assert torch.equal(to_uint8(to_float(every)), every)
     assert to_float(every)[[0, 255]].tolist() == [-1, 1]
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [(np.array([0, -1]), "-1 to 0"), (np.array([0, 3]), "0 to 3"), (np.array([0]), r"int64 of shape \(1,\)")],
+)
+def test_labels_that_are_no_classes_are_refused(labels, found):
+    store = memory_store("x", IMAGES[:2])
+    with pytest.raises(ValueError, match=f"labels: expected them to be 2 int64 from 0 to 2, got {found}"):
+        dataclasses.replace(store, labels=labels, classes=3)

@@ -286,9 +286,11 @@ def test_fields_that_do_not_go_together(field, changes):
         Config(name="x", **changes)
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
-def test_every_preset_is_a_config(name):
-    config = Config(name="x", **presets.PRESETS[name])
+@pytest.mark.parametrize(
+    ("table", "name"), [(table, name) for table in (presets.PRESETS, presets.IMAGENET) for name in table]
+)
+def test_every_preset_is_a_config(table, name):
+    config = Config(name="x", **table[name])
     assert config.identity()["lr_g"] == config.lr_g
 
 
@@ -298,6 +300,16 @@ def test_presets_are_rows_of_the_papers_tables():
     assert (three.beta2, three.n_dis, three.gamma, three.loss, three.gradient_penalty) == (
         *(0.9, 5, "same", "wasserstein", 10.0),
     )
+    best, bsn = (Config(name="x", **row) for row in (presets.PRESETS["sngan-resnet"], presets.IMAGENET["bsn"]))
+    for config in (best, bsn):
+        assert (config.lr_g, config.lr_d, config.beta1, config.beta2, config.n_dis) == (2e-4, 2e-4, 0, 0.9, 5)
+        assert (config.loss, config.conditional, config.z_of_g) == ("hinge", "none", "fresh")
+    assert (best.batch_size, best.batch_size_g, best.steps, best.decay_from, best.dequantize) == (64, 128, 1e5, 0, True)
+    assert (bsn.batch_size, bsn.batch_size_g, bsn.steps, bsn.decay_from, bsn.picks) == (
+        *(16, 32, 5e5, -1, "with_replacement"),
+    )
+    projection = Config(name="x", **presets.IMAGENET["sngan-projection"])
+    assert (projection.bn_groups, projection.steps, projection.decay_from) == (4, 450_000, 400_000)
 
 
 def ended(arguments: list[str], main: object = images.main) -> str:
@@ -324,6 +336,21 @@ def test_flags_beside_a_preset_win(monkeypatch):
     monkeypatch.setattr(images.recipe, "open_data", lambda _: None)
     cli.start(images.main, presets.PRESETS, ["--name", "x", "--data", "d", "--preset", "sngan-a", "--n-dis", "3"])
     assert (seen[0].lr_g, seen[0].n_dis, seen[0].ema) == (1e-4, 3, 0.999)
+
+
+def test_a_preset_turns_flags_off_and_a_flag_beside_it_on(monkeypatch):
+    seen: list[Config] = []
+    monkeypatch.setattr(images.recipe, "train", lambda config, *_: seen.append(config))
+    monkeypatch.setattr(images, "open_store", lambda _: None)
+    for table, *given in (
+        (presets.IMAGENET, "--preset", "bsn"),
+        (presets.IMAGENET, "--batch-norm-in-d-steps", "--preset", "bsn"),
+        (presets.PRESETS, "--preset", "sngan-a", "--no-dequantize"),
+    ):
+        cli.start(images.main, table, ["--name", "x", "--data", "d", *given])
+    assert [(config.batch_norm_in_d_steps, config.dequantize) for config in seen] == [
+        *((False, False), (True, False), (True, False)),
+    ]
 
 
 def test_a_dry_run_says_everything_and_leaves_nothing(tmp_path, capsys):
