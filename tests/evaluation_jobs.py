@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from gan.data.store import memory_store
+import evaluate
+from gan.data.store import Store, memory_store
 from gan.distributed import CommonError
 from gan.metrics import cache, digits, features
 from gan.metrics import protocols as rows
+from gan.metrics.intra import intra_fid
+from gan.metrics.judge import Images
 from gan.metrics.protocols import Protocol
-from small_evaluations import STORE, Tiny, evaluator
+from small_evaluations import IMAGES, STORE, Tiny, evaluator, small
 
 
 def fakes(first: int, count: int) -> torch.Tensor:
@@ -126,3 +131,38 @@ def damaged(_: int, folder: Path, protocol: Protocol) -> tuple[float, float, int
     network.seen.clear()
     again = evaluator(folder, protocol, STORE, network)(fakes)
     return first.fid, again.fid, sum(map(len, network.seen))
+
+
+def labelled_store() -> Store:
+    """Ten, fourteen and sixteen images of three classes."""
+    return memory_store("noise", IMAGES, np.repeat([0, 1, 2], [10, 14, 16]))
+
+
+def intra(_: int, folder: Path, batch_size: int, bad: int | None) -> Any:
+    """The distance of each class from some fakes, and how many images this rank's network saw; or the error where the
+    fakes of class ``bad`` are not finite in the second batch."""
+
+    def of_label(label: int) -> tuple[int, Images]:
+        def generate(first: int, count: int) -> torch.Tensor:
+            return fakes(100 * label + first, count) / (label != bad or first != batch_size)
+
+        return 12, generate
+
+    torch.manual_seed(0)
+    network = Tiny()
+    judge = evaluator(folder, small(), labelled_store(), network, batch_size)
+    try:
+        return [tuple(row) for row in intra_fid(judge, of_label, range(3))], sum(map(len, network.seen))
+    except ValueError as error:
+        return str(error)
+
+
+def evaluated(_: int, data: Path, cache_folder: Path, out: Path) -> tuple[str, Any, Any]:
+    """What evaluate.py prints and gives for a folder of images against itself: scores, then those of each class."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(features, "lite0", lambda _: features.with_checksum(Tiny()))
+        options: dict[str, Any] = {"device": "cpu", "cache": cache_folder, "batch_size": 9}
+        scores = evaluate.main(data, "lite0", data, **options)
+        rows = evaluate.main(data, "lite0", data, intra=True, out=out, **options)
+    return said.getvalue(), scores[:7], [tuple(row) for row in rows]

@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from scipy import linalg
 from torch import nn
 
 from gan.data.store import memory_store
@@ -21,9 +22,9 @@ STORE = memory_store("noise", IMAGES)
 class Tiny(nn.Module):
     """A network with random weights; keeps the pixels that it was given."""
 
-    def __init__(self, channels=3, classes=7):
+    def __init__(self, channels=3, classes=7, size=4):
         super().__init__()
-        self.features, self.logits = nn.Linear(channels * 16, 5), nn.Linear(5, classes)
+        self.features, self.logits = nn.Linear(channels * size**2, 5), nn.Linear(5, classes)
         self.seen = []
 
     def forward(self, pixels):
@@ -59,3 +60,11 @@ def predictions(logits, splits):
     sums = scores.Predictions.empty(splits, logits.shape[1], CPU)
     sums.update(logits, scores.split_of(torch.arange(len(logits)), len(logits), splits))
     return sums
+
+
+def fid_of_scipy(a, b):
+    """The oracle, of features (N, D)."""
+    a, b = a.double().numpy(), b.double().numpy()
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    cross = np.trace(linalg.sqrtm(cov_a @ cov_b)).real
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * cross

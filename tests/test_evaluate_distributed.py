@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 import evaluation_jobs as jobs
 from gan.metrics import protocols
 from ranks import started
-from small_evaluations import Tiny, evaluator, small
+from small_evaluations import IMAGES, Tiny, evaluator, small
 
 BSN = small("bsn", fakes=20, kid=True)  # 20 fakes for the score, 20 others for the distances, 30 reals
 
@@ -77,3 +78,33 @@ def test_the_digit_classifier_is_trained_by_the_first_rank_for_all(two, tmp_path
     assert first == second
     assert (trained, trained_too) == (1, 0)
     assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize(("batch_size", "seen"), [(5, (24 + 21, 16 + 15)), (40, (40 + 36, 40 + 36))])
+def test_intra_fid_of_two_ranks_is_that_of_one(two, tmp_path, batch_size, seen):
+    expected, _ = jobs.intra(0, tmp_path, batch_size, None)
+    (first, saw), (second, saw_too) = two(jobs.intra, tmp_path, batch_size, None)
+    assert first == second
+    assert [row[:3] for row in first] == [(0, 10, 12), (1, 14, 12), (2, 16, 12)]
+    assert [row[3] for row in first] == pytest.approx([row[3] for row in expected], rel=1e-9)
+    assert (saw, saw_too) == seen
+
+
+def test_fakes_of_a_class_that_are_not_finite_on_one_rank_are_an_error_of_both(two, tmp_path):
+    message = "path: expected finite images, got fakes of class 1 that are not, from number 5 on"
+    assert two(jobs.intra, tmp_path, 5, 1) == [message] * 2
+
+
+def test_evaluate_says_on_the_first_rank_alone_what_it_gives_on_all(two, tmp_path):
+    for i, image in enumerate(IMAGES):
+        (tmp_path / f"data/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"data/{i % 2}/{i}.png")
+    first, second = two(jobs.evaluated, tmp_path / "data", tmp_path / "cache", tmp_path / "x.csv")
+    (said, scores, rows), (quiet, *others) = first, second
+    assert [scores, rows] == others
+    assert quiet == ""
+    assert said.startswith("lite0-40r-40f: 40 reals, 40 fakes, network ")
+    assert "intra-lite0-FD: " in said
+    assert abs(scores[4]) < 1e-6
+    assert [row[:3] for row in rows] == [(0, 20, 20), (1, 20, 20)]
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 3

@@ -85,7 +85,8 @@ def main(
             if trained is not None:
                 of_label = _from_labels(_conditional(trained, path, reals), seed, intra_fakes)
             else:
-                of_label = by_class(loose.labelled(path, "path", _class_names(data)))
+                names = _class_names(data)
+                of_label = by_class(loose.labelled(path, loose.label_of(path, names), len(names)))
         elif trained is not None:
             generate = _from_latents(trained, seed)
             reals = _reals(data, trained, protocol)
@@ -114,7 +115,8 @@ def _reals(data: Path | None, trained: weights.Trained | None, protocol: str) ->
 def _reals_with_labels(data: Path | None, trained: weights.Trained | None, protocol: str) -> Store:
     """The same for intra-FID: a folder of images has class folders."""
     if data is not None and not (data / META).exists():
-        return loose.labelled(data, "data", loose.class_folders(data, "data"))
+        names = loose.class_folders(data, "data")
+        return loose.labelled(data, {name: label for label, name in enumerate(names)}, len(names))
     reals = _reals(data, trained, protocol)
     if reals.labels is None:
         raise ValueError(f"data: expected images with labels for --intra, got {reals.name} without")

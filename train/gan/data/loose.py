@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +34,27 @@ def class_folders(folder: Path, argument: str) -> list[str]:
     return sorted({parts[0] for parts in inside})
 
 
-def labelled(folder: Path, argument: str, names: Sequence[str]) -> Store:
-    """``pictures`` with labels: each lies in a folder that is called as its class, names[label], or by its label.
+def label_of(folder: Path, names: Sequence[str]) -> dict[str, int]:
+    """The labels of class folders that are called as their classes, names[label], or by their labels.
 
     Raises:
         ValueError: folders are called otherwise, or the two ways disagree.
     """
-    folders = class_folders(folder, argument)
-    ways = [{name: i for i, name in enumerate(names)}, {str(i): i for i in range(len(names))}]
-    ways = [way for way in ways if way.keys() >= set(folders)]
-    if not ways or any(way[name] != ways[0][name] for way in ways for name in folders):
+    folders = class_folders(folder, "path")
+    both = ({name: i for i, name in enumerate(names)}, {str(i): i for i in range(len(names))})
+    ways = [{name: way[name] for name in folders} for way in both if way.keys() >= set(folders)]
+    if not ways or any(way != ways[0] for way in ways):
         raise ValueError(
-            f"{argument}: expected class folders called {_some(names)}, as the classes of the data, or by labels from "
-            f"0 to {len(names) - 1}, got {_some(folders)}"
+            f"path: expected class folders called {_some(names)}, as the classes of the data, or by labels from 0 to "
+            f"{len(names) - 1}, got {_some(folders)}"
         )
-    labels = np.array([ways[0][path.relative_to(folder).parts[0]] for path in _found(folder)], np.int64)
-    return dataclasses.replace(pictures(folder), labels=labels, classes=len(names))
+    return ways[0]
+
+
+def labelled(folder: Path, labels: Mapping[str, int], classes: int) -> Store:
+    """``pictures`` with the labels of their class folders."""
+    of_images = [labels[path.relative_to(folder).parts[0]] for path in _found(folder)]
+    return dataclasses.replace(pictures(folder), labels=np.array(of_images, np.int64), classes=classes)
 
 
 def _found(folder: Path) -> list[Path]:
