@@ -20,7 +20,7 @@ from gan.data import picks
 from gan.data.batches import Batches
 from gan.data.store import Store
 from gan.devices import pick_device
-from gan.distributed import ranks
+from gan.distributed import LostPeer, ranks
 from gan.metrics.evaluator import BATCH, Evaluator
 from gan.outputs import Outputs
 from gan.recorder import Recorder
@@ -187,6 +187,9 @@ class _Loop:
             held = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
+        except LostPeer:
+            held.clear()  # torchrun sends SIGTERM now, and what is to be said takes a moment
+            raise
         finally:
             for number, handler in held.items():
                 signal.signal(number, handler)

@@ -25,7 +25,7 @@ def save(path: Path, training: Training, about: dict[str, Any]) -> None:
     if training.average is not None:
         parts["average"] = training.evaluated
     tensors = {
-        f"{part}.{name}": x.detach().cpu().clone()
+        f"{part}.{name}": x.detach().cpu().clone(memory_format=torch.contiguous_format)
         for part, net in parts.items()
         for name, x in net.state_dict().items()
     }
