@@ -46,9 +46,9 @@ def test_another_size_is_opencvs_too(tmp_path):
 
 
 def test_linear_is_opencvs_resize_of_any_square():
-    for old in [*range(1, 300, 9), 255, 256, 257, 375, 500, 1199, 2848]:
+    for old in [*range(1, 300, 9), 64, 128, 255, 256, 257, 375, 500, 1199, 2848]:
         image = RNG.integers(0, 256, (old, old + 2, 3), dtype=np.uint8)[:, 1:-1]  # a crop: its rows lie apart
-        for new in (128, 64, int(RNG.integers(1, 200)), old):
+        for new in (128, 64, int(RNG.integers(1, 200))):
             assert np.array_equal(pixels.linear(image, new), cv2.resize(image, (new, new))), (old, new)
 
 

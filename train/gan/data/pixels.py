@@ -8,6 +8,7 @@ the high byte of 16 bits and drops an alpha channel.
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,8 +19,8 @@ def decode(content: bytes, background: int | None = None) -> np.ndarray:
 
     With ``background``, a grey level, what is transparent lies on that instead of losing its alpha channel.
     """
-    with Image.open(io.BytesIO(content)) as opened:
-        picture = ImageOps.exif_transpose(opened)
+    with Image.open(io.BytesIO(content)) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode == "CMYK":
             return _from_cmyk(np.asarray(picture))
         if picture.mode.startswith("I"):
@@ -27,7 +28,7 @@ def decode(content: bytes, background: int | None = None) -> np.ndarray:
             return np.repeat(high[..., None], 3, axis=2)
         if background is not None and picture.has_transparency_data:
             return _laid_on(background, np.asarray(picture.convert("RGBA")))
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _from_cmyk(inks: np.ndarray) -> np.ndarray:
@@ -87,6 +88,7 @@ def linear(image: np.ndarray, size: int) -> np.ndarray:
     return mixed.astype(np.uint8).reshape(size, size, 3)
 
 
+@lru_cache(maxsize=64)
 def _neighbours(old: int, new: int) -> tuple[np.ndarray, ...]:
     """The two of ``old`` pixels that each of ``new`` lies between, and the weight of each."""
     at = ((np.arange(new) + 0.5) * (1 / (new / old)) - 0.5).astype(np.float32)
