@@ -151,11 +151,13 @@ def test_what_has_no_distance_of_each_class(tmp_path, generator, data, monkeypat
     refused(r"intra: expected a generator that takes labels, got .*g.safetensors with conditional 'none'")
 
 
-def test_without_the_network_it_is_said_what_is_missing(tmp_path, generator, data, monkeypatch, capsys):
-    def missing(_):
+@pytest.mark.parametrize("protocol", ["bsn", "modern"])  # which compare thousands of images, of all classes
+def test_without_the_network_it_is_said_what_is_missing(tmp_path, generator, data, monkeypatch, capsys, protocol):
+    def missing(*_):
         raise features.MissingNetwork("pip install it")
 
-    monkeypatch.setattr(features, "lite0", missing)
-    assert intra(tmp_path, generator, data, out=tmp_path / "out.csv") == []
-    assert capsys.readouterr().out == "intra, lite0: 3 classes, network missing\npip install it\n"
-    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.setattr(features, "inception", missing)
+    out = tmp_path / "out.csv"
+    assert evaluate.main(generator, protocol, data, device="cpu", cache=tmp_path, intra=True, out=out) == []
+    assert capsys.readouterr().out == f"intra, {protocol}: 3 classes, network missing\npip install it\n"
+    assert not out.exists()
