@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,3 +146,19 @@ def group_means(rank: int, groups: int) -> list[float]:
     mean = mean_of_group(x, groups)
     (mean * (rank + 1)).sum().backward()
     return [mean.item(), x.grad.item()]
+
+
+def command(rank: int, arguments: list[list[str]]) -> str | int | None:
+    """train/imagenet.py with this rank's arguments: what it exits with, a status or a line for stderr."""
+    import imagenet
+    from gan import cli
+    from gan.presets import IMAGENET
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks().size)}
+    try:
+        cli.start(imagenet.main, IMAGENET, arguments[rank])
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return 0
