@@ -71,6 +71,9 @@ def test_groups_are_normalised_apart(kind, groups):
     norm = disturbed(ours(3, groups).double())
     torch.testing.assert_close(results(norm, x, slope), of_torch(kind, x, slope, groups), **ALIKE)
     assert int(norm.num_batches_tracked) == 1
+    if kind == "2d":
+        given = x.to(memory_format=torch.channels_last)
+        assert norm(given).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_evaluation_is_torchs_whatever_the_groups():

@@ -192,7 +192,7 @@ def test_weights_are_drawn_as_glorot_with_a_larger_gain_in_residual_convolutions
                 bound *= math.sqrt(2) if ".conv" in name else 1
                 assert 0.9 * bound < p.abs().max() <= bound, name
     for name, found in fastsn.sigmas(net).items():  # u and v belong to these weights
-        exact = torch.linalg.matrix_norm(net.get_submodule(name).weight.flatten(1), 2)
+        exact = torch.linalg.matrix_norm(net.get_submodule(name).weight.detach().flatten(1), 2)
         assert found.sigma_out == pytest.approx(float(exact), rel=0.05), name
 
 
