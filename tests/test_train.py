@@ -265,7 +265,8 @@ def test_runs_that_have_nothing_to_compare_yet(finished, tmp_path):
     [("steps", 0), ("batch_size", 1), ("batch_size_g", 1), ("n_dis", -1), ("lr_g", 0.0), ("lr_d", float("nan")),
      ("scale", -1.0), ("scale", 2.0), ("width", 0.0), ("beta1", 1.0), ("ema", 1.0), ("image_size", 12),
      ("image_size", 264), ("decay_from", 100_000), ("name", ""), ("name", "../x"), ("name", "/x"), ("name", "."),
-     ("seed", -1), ("seed", 2**63), ("norm", "spectral"), ("loss", "l2"), ("gradient_penalty", -1.0)],
+     ("seed", -1), ("seed", 2**63), ("norm", "spectral"), ("loss", "l2"), ("gradient_penalty", -1.0),
+     ("architecture", "cnn"), ("conditional", "yes"), ("bn_groups", 0), ("lockstep_every", 0)],
 )  # fmt: skip
 def test_configs_that_make_no_sense(field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*, got "):
@@ -277,7 +278,11 @@ def test_configs_that_make_no_sense(field, value):
     [
         ("z_of_g", {"order": "g_first"}),
         ("z_of_g", {"batch_size_g": 128}),
-        ("compile", {"compile": True, "gradient_penalty": 10.0}),
+        ("conditional", {"conditional": "projection"}),
+        ("image_size", {"architecture": "sngan-resnet", "image_size": 40}),
+        ("batch_size", {"bn_groups": 5}),
+        ("batch_size", {"bn_groups": 64}),
+        ("batch_size_g", {"batch_size_g": 6, "bn_groups": 4, "z_of_g": "fresh"}),
         ("gamma", {"norm": "none", "gamma": "same"}),
     ],
 )
@@ -292,6 +297,12 @@ def test_fields_that_do_not_go_together(field, changes):
 def test_every_preset_is_a_config(table, name):
     config = Config(name="x", **table[name])
     assert config.identity()["lr_g"] == config.lr_g
+
+
+def test_with_a_penalty_the_discriminator_stays_eager():
+    assert Config(name="x", compile=True).compiled == ("generator", "discriminator")
+    assert Config(name="x", compile=True, gradient_penalty=10.0).compiled == ("generator",)
+    assert Config(name="x").compiled == ()
 
 
 def test_presets_are_rows_of_the_papers_tables():
