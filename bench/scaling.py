@@ -25,7 +25,7 @@ from machine import commit, machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
-from gan import distributed
+from gan import rendezvous
 from gan.config import Config
 from gan.data.batches import Batches
 from gan.data.picks import with_replacement
@@ -96,7 +96,7 @@ def work(rank: int, data: Path, port: int, rounds: int, out: Path) -> None:
     made = {name: Contestant(CONTESTANTS[name], data) for name in alone} if rank == 0 else {}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with distributed.started() as ranks:
+    with rendezvous.started() as ranks:
         made[shared] = Contestant(CONTESTANTS[shared], data)
         for turn in range(rounds + 1):
             losses = [made[name].turn() for name in made if name != shared]

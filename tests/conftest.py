@@ -61,3 +61,12 @@ def classifier_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
     classifier.digit_classifier(digits(8), protocols.find("digits").scale, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    """Two processes of a gloo group."""
+    from ranks import started
+
+    with started(2, tmp_path_factory.mktemp("two")) as ranks:
+        yield ranks

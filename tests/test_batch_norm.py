@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gan import distributed
 from gan.config import Config
+from gan.models import group_mean
 from gan.models.batch_norm import BatchNorm1d, BatchNorm2d, ConditionalBatchNorm2d
 from gan.training import Training
 
@@ -142,7 +143,7 @@ def over_ranks(monkeypatch):
             own.rank = rank
             return work(rank)
 
-        monkeypatch.setattr(distributed, "mean_of_group", mean_of_group)
+        monkeypatch.setattr(group_mean, "mean_of_group", mean_of_group)
         monkeypatch.setattr(distributed, "ranks", lambda: distributed.Ranks(own.rank, size))
         with ThreadPoolExecutor(size) as threads:
             return list(threads.map(begin, range(size)))

@@ -11,12 +11,6 @@ from ranks import started
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with started(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def three(tmp_path_factory):
     with started(3, tmp_path_factory.mktemp("three")) as ranks:
         yield ranks

@@ -7,16 +7,9 @@ from PIL import Image
 
 import evaluation_jobs as jobs
 from gan.metrics import protocols
-from ranks import started
 from small_evaluations import IMAGES, Tiny, evaluator, small
 
 BSN = small("bsn", fakes=20, kid=True)  # 20 fakes for the score, 20 others for the distances, 30 reals
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with started(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize(

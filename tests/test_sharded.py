@@ -5,13 +5,6 @@ from __future__ import annotations
 import pytest
 
 import sharded_jobs
-from ranks import started
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with started(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
 
 
 def test_training_a_sharded_model_equals_the_whole_one(two):

@@ -17,15 +17,8 @@ from gan.data import staging
 from gan.data.staging import staged
 from gan.data.store import open_store
 from prepare_runs import PART, images, pictures, run
-from ranks import started
 
 RNG = np.random.default_rng(6)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with started(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
 
 
 def written(folder: Path) -> Path:

@@ -8,14 +8,6 @@ import torch
 import gan_rank_jobs as jobs
 from gan.checkpoint import of_step
 from gan.loop import REQUEUE
-from ranks import started
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with started(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
-
 
 RESNET = {"architecture": "sngan-resnet", "image_size": 32, "width": 0.02, "order": "g_first", "z_of_g": "fresh"}
 TRAININGS = {

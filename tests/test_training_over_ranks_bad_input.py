@@ -11,17 +11,10 @@ import gan_rank_jobs as jobs
 from gan import checkpoint
 from gan.data.sources import Folder
 from gan.data.writer import write
-from ranks import started
 from real_archives import encoded, picture
 
 NARROW = ["--image-size", "32", "--width", "0.02", "--batch-size", "4", "--batch-size-g", "4", "--n-dis", "1"]
 NARROW += ["--bn-groups", "2", "--steps", "1", "--eval-every", "0", "--device", "cpu", "--conditional", "projection"]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with started(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

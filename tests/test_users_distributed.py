@@ -13,13 +13,6 @@ import rank_jobs
 import user_jobs
 from dispatched import SYNCS, Counted
 from op_calls import call
-from ranks import started
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with started(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("broadcast_buffers", [True, False])

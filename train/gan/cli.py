@@ -52,9 +52,9 @@ def _together() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]
     if "WORLD_SIZE" not in os.environ:
         yield contextlib.nullcontext
         return
-    from gan import distributed  # which takes a second to import
+    from gan import rendezvous  # which takes a second to import
 
-    with distributed.started() as ranks:
+    with rendezvous.started() as ranks:
         yield ranks.together
 
 

@@ -10,8 +10,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-_PATIENCE = timedelta(minutes=30)  # for the others, who may be reading a cold disk
 
 
 class CommonError(ValueError):
@@ -79,7 +76,7 @@ class Ranks:
         with self.together():
             if self.first:
                 given = [work()]
-        with _naming_peers():
+        with naming_peers():
             dist.broadcast_object_list(given)
         result: T = given[0]
         return result
@@ -98,7 +95,7 @@ class Ranks:
         if self.size == 1:
             return flag
         said = torch.tensor(int(flag))
-        with _naming_peers():
+        with naming_peers():
             dist.all_reduce(said, dist.ReduceOp.MAX)
         return bool(said)
 
@@ -115,7 +112,7 @@ class Ranks:
         if self.size == 1:
             return x
         found = [torch.empty_like(x) for _ in range(self.size)]
-        with _naming_peers():
+        with naming_peers():
             dist.all_gather(found, x.contiguous())
         return torch.cat(found)
 
@@ -123,7 +120,7 @@ class Ranks:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([x.reshape(-1) for x in tensors])
-        with _naming_peers():
+        with naming_peers():
             dist.all_reduce(flat)
         if divisor > 1:
             flat /= divisor
@@ -137,7 +134,7 @@ class Ranks:
         names, held = zip(*tensors, strict=True)
         own = torch.stack([_checksum(x.detach()) for x in held])
         found = [torch.empty_like(own) for _ in range(self.size)]
-        with _naming_peers():
+        with naming_peers():
             dist.all_gather(found, own)
         unlike = (torch.stack(found) != found[0]).cpu()
         if unlike.any():
@@ -149,7 +146,7 @@ class Ranks:
         found: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
-        with _naming_peers():
+        with naming_peers():
             dist.all_gather_object(found, value)
         return found
 
@@ -164,98 +161,16 @@ def ranks() -> Ranks:
 
 
 @contextlib.contextmanager
-def started() -> Iterator[Ranks]:
-    """Join the processes that torchrun has started, for the length of a block; without torchrun, a run of one.
-
-    Raises:
-        OSError: they do not come together.
-    """
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield ranks()
-        return
-    if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend, size = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", int(os.environ["WORLD_SIZE"])
-    try:
-        store = _store_of_this_start()
-        own = {} if store is None else {"store": store, "rank": int(os.environ["RANK"]), "world_size": size}
-        dist.init_process_group(backend, timeout=_PATIENCE, **own)
-    except (dist.DistError, ValueError) as error:
-        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise OSError(f"the ranks cannot meet at {place} (MASTER_ADDR:MASTER_PORT): {_first_line(error)}") from error
-    failed = False
-    try:
-        yield ranks()
-    except Exception:
-        failed = True  # which is said before the others, and with them torchrun, learn that this process has gone
-        raise
-    finally:
-        if not failed:
-            dist.destroy_process_group()
-            _neighbours.cache_clear()
-
-
-def _store_of_this_start() -> dist.Store | None:
-    """torchrun's store outlives the processes that it starts again: their addresses would be taken for those of the new
-    ones, which then wait for them (pytorch/pytorch#135712). None where torchrun makes a store for each start.
-
-    Raises:
-        OSError: several nodes share such a store, and do not count their starts alike.
-    """
-    named = os.environ.get
-    if named("TORCHELASTIC_USE_AGENT_STORE") != "True" or named("TORCHELASTIC_MAX_RESTARTS") == "0":
-        return None
-    if named("GROUP_WORLD_SIZE") != "1":
-        raise OSError(
-            "torchrun --max-restarts on several nodes must run with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-            "environment: without it, processes that start again wait for those that have ended (pytorch#135712)"
-        )
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_PATIENCE)
-    return dist.PrefixStore(f"start {named('TORCHELASTIC_RESTART_COUNT')}", store)
-
-
-class _MeanOfGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _mean(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _mean(gradient, ctx.group), None
-
-
-def mean_of_group(x: Tensor, groups: int) -> Tensor:
-    """Mean over the ranks that have parts of the same of ``groups`` equal parts of a batch; differentiable once."""
-    mean: Tensor = _MeanOfGroup.apply(x, _neighbours(groups))
-    return mean
-
-
-def _mean(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    with _naming_peers():
-        dist.all_reduce(total, group=group)
-    return total / group.size()
-
-
-@lru_cache
-def _neighbours(groups: int) -> dist.ProcessGroup:
-    size = dist.get_world_size()
-    each = size // groups
-    made = [dist.new_group(list(range(first, first + each))) for first in range(0, size, each)]
-    return made[dist.get_rank() // each]
-
-
-@contextlib.contextmanager
-def _naming_peers() -> Iterator[None]:
-    """gloo and NCCL say the same of a peer that has gone in many ways."""
+def naming_peers() -> Iterator[None]:
+    """Raises LostPeer for what gloo and NCCL say, in many ways, of a process that has gone."""
     try:
         yield
     except RuntimeError as error:
-        raise LostPeer(f"another process of the run has ended or is out of reach ({_first_line(error)})") from error
+        raise LostPeer(f"another process of the run has ended or is out of reach ({first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what it says."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan import distributed
+from gan.models import group_mean
 
 
 class _Grouped(nn.modules.batchnorm._BatchNorm):
@@ -61,9 +62,9 @@ class _Grouped(nn.modules.batchnorm._BatchNorm):
         """The same, of one group of which ``ranks`` ranks have equal parts: two passes, so that nothing cancels."""
         x = input.to(torch.promote_types(input.dtype, self.running_mean.dtype))
         dims, shape = [d for d in range(x.ndim) if d != 1], [-1, *[1] * (x.ndim - 2)]
-        mean = distributed.mean_of_group(x.mean(dims), self.groups)
+        mean = group_mean.mean_of_group(x.mean(dims), self.groups)
         centred = x - mean.view(shape)
-        var = distributed.mean_of_group(centred.square().mean(dims), self.groups)
+        var = group_mean.mean_of_group(centred.square().mean(dims), self.groups)
         output = centred * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             output = output * self.weight.view(shape) + self.bias.view(shape)
