@@ -11,6 +11,8 @@ import gan_rank_jobs as jobs
 from gan import checkpoint
 from gan.data.sources import Folder
 from gan.data.writer import write
+from gan.distributed import CommonError, LostPeer
+from gan.run import log_to
 from real_archives import encoded, picture
 
 NARROW = ["--image-size", "32", "--width", "0.02", "--batch-size", "4", "--batch-size-g", "4", "--n-dis", "1"]
@@ -94,3 +96,15 @@ def test_a_conditional_network_without_labels(two, tmp_path):
     write(Folder(tmp_path / "pictures", 32), own, 1)
     found = both(two, tmp_path, own)
     assert found == ["error: data: expected images with labels, got pictures without", 1]
+
+
+def test_only_what_a_rank_dies_of_alone_goes_from_it_into_the_log(tmp_path):
+    for error in (LostPeer("gone"), CommonError("bad")):
+        with pytest.raises(type(error)), log_to(tmp_path, rank=2):
+            raise error
+    assert not (tmp_path / "worker.log").exists()
+    with pytest.raises(RuntimeError), log_to(tmp_path, rank=2):
+        raise RuntimeError("out of memory")
+    log = (tmp_path / "worker.log").read_text()
+    assert "ERROR rank 2: stopped\nTraceback" in log
+    assert log.endswith("RuntimeError: out of memory\n")

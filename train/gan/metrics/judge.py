@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gan.data.store import Store
+from gan.devices import tf32
 from gan.distributed import ranks
 from gan.metrics import digits, features, protocols
 from gan.metrics.protocols import Protocol
@@ -129,6 +130,6 @@ class Judge:
             raise ValueError(f"generate: expected images of shape {expected}, got {tuple(images.shape)}")
 
     def _forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), tf32(self.device, allowed=False):
             found, logits = self.network.module(pixels)
         return found, logits
