@@ -69,6 +69,16 @@ def test_killed_and_asked_to_stop_and_resumed_equals_never_stopped(tmp_path, cla
     assert json.loads(lines[0][-1])["loss/d"] == json.loads(lines[1][-1])["loss/d"]
 
 
+def test_a_run_from_before_a_field_was_there_continues_with_its_default(tmp_path, classifier_cache):
+    run = tiny(tmp_path, classifier_cache, "a")
+    about = json.loads((run / "config.json").read_text())
+    del about["config"]["bn_groups"]
+    (run / "config.json").write_text(json.dumps(about))
+    tiny(tmp_path, classifier_cache, "a", resume=True)
+    with pytest.raises(ValueError, match=r"with another \(bn_groups: 1 there, 2 here\)"):
+        tiny(tmp_path, classifier_cache, "a", resume=True, bn_groups=2)
+
+
 def test_a_torn_row_and_rows_after_the_checkpoint_are_written_again(tmp_path, classifier_cache):
     run = tiny(tmp_path, classifier_cache, "a")
     expected = rows(run)
