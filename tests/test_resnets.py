@@ -275,7 +275,7 @@ def test_samples_scores_and_exports_of_a_conditional_generator(tmp_path):
     sample.main(file, tmp_path / "a.npz", count=5)
     with np.load(tmp_path / "a.npz") as found:
         assert np.array_equal(found["images"], to_uint8(generator(z, y)).permute(0, 2, 3, 1).numpy())
-    scored = evaluate._from_latents(generator, 5, 0, "cpu")(2, 4)
+    scored = evaluate._from_latents(weights.load(file), 0)(2, 4)
     assert torch.equal(scored, training.images("evaluation", 2, 4))
     export.main(file, tmp_path / "g.onnx")
     graph = onnx.load(tmp_path / "g.onnx").graph  # onnx's own evaluation of Resize takes minutes

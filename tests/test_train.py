@@ -352,7 +352,7 @@ def test_flags_beside_a_preset_win(monkeypatch):
 def test_a_preset_turns_flags_off_and_a_flag_beside_it_on(monkeypatch):
     seen: list[Config] = []
     monkeypatch.setattr(images.recipe, "train", lambda config, *_: seen.append(config))
-    monkeypatch.setattr(images, "open_store", lambda _: None)
+    monkeypatch.setattr(images.recipe, "open_data", lambda _: None)
     for table, *given in (
         (presets.IMAGENET, "--preset", "bsn"),
         (presets.IMAGENET, "--batch-norm-in-d-steps", "--preset", "bsn"),

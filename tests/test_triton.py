@@ -31,6 +31,10 @@ DTYPES = (torch.float32, *HALVES)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
 TABLES = [(torch.float32, layout) for layout in LAYOUTS]
 TABLES += [(dtype, layout) for dtype in HALVES for layout in (LAYOUTS if ON == "cuda" else LAYOUTS[:1])]
+# How a kernel finds its scale has nothing to do with how it reads a weight: the interpreter takes its time.
+SCALED_TABLES = [(*x, scale) for x in TABLES for scale in ("float", "tensor") if x[1] == LAYOUTS[0] or scale == "float"]
+if ON == "cuda":
+    SCALED_TABLES = [(*x, scale) for x in TABLES for scale in ("float", "tensor")]
 DEVICE = torch.device("cuda", 0) if ON == "cuda" else torch.device("cpu")
 
 
@@ -76,8 +80,7 @@ def test_vectors_and_sigmas_of_the_shape_table_are_right_to_a_millionth(dtype, l
         assert off(ours, true) <= 1e-6
 
 
-@pytest.mark.parametrize("scale", ["float", "tensor"])
-@pytest.mark.parametrize(("dtype", "layout"), TABLES, ids=str)
+@pytest.mark.parametrize(("dtype", "layout", "scale"), SCALED_TABLES, ids=str)
 def test_weights_and_gradients_of_the_shape_table_are_right(dtype, layout, scale):
     weights, dims = table(dtype, layout)
     c = call(weights, dims, views_of(weights), scale)
