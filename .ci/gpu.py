@@ -80,7 +80,9 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", f"regex:{KERNELS}"]
     ncu += [*(f"--section={name}" for name in SECTIONS), "--log-file", str(out / "ncu.txt")]
+    imagenet = [python, "bench/imagenet_step.py", "--out", str(out / "imagenet_step.json")]
     if rehearse:  # without the tools of CUDA
+        imagenet += ["--presets", "bsn", "--width", "0.01", "--image-size", "32", "--rounds", "1"]
         sanitizer, ncu, weights = [], [], "two weights"
         on_the_gpu = ["tests/test_op_errors.py", "-k", "gradients"]
         on_its_machine, bench = (
@@ -92,11 +94,13 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
             *prepare,
             Step("tests on the GPU", 150, [*workers, *on_the_gpu], device),
             Step("device times", None, [*times, "--out", str(out / "device_times.json")]),
+            Step("waits of training", 30, [*pytest, "tests/test_training_step_waits.py"]),
             Step("stress", 80, [*stress, "2", "--weights", weights] if rehearse else [*stress, "3000"]),
             Step("ncu", 60, [*ncu, *times, "--once"]),
         ],
         2: [
             *prepare,
+            Step("a step of ImageNet", 150, imagenet),
             Step("training share", 60, [python, "bench/training_share.py", "--out", str(out / "training_share.json")]),
             Step(
                 "contestants",
