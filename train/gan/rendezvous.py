@@ -25,8 +25,9 @@ def started() -> Iterator[Ranks]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield ranks()
         return
-    if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     backend, size = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", int(os.environ["WORLD_SIZE"])
     try:
         store = _store_of_this_start()
