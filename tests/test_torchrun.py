@@ -22,7 +22,7 @@ import prepare
 import real_archives as real
 import sample
 import with_tiny_lite0
-from gan import checkpoint, cli, pictures, presets
+from gan import checkpoint, cli, pictures, presets, rendezvous
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -187,3 +187,12 @@ def test_ranks_that_cannot_meet_say_where(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == done.stderr.splitlines()[-1:]
     assert f"the ranks cannot meet at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT): " in lines[0]
+
+
+def test_restarts_on_several_nodes_take_a_store_for_each_start(monkeypatch):
+    """torchrun counts the starts of each node for itself."""
+    variables = {"WORLD_SIZE": "4", "RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in {**variables, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match="must run with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), rendezvous.started():
+        pass
