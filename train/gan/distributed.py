@@ -132,7 +132,7 @@ class Ranks:
         if self.size == 1:
             return
         names, held = zip(*tensors, strict=True)
-        own = torch.stack([_checksum(x.detach()) for x in held])
+        own = torch.stack([_checksum(x.detach()).to(held[0].device) for x in held])
         found = [torch.empty_like(own) for _ in range(self.size)]
         with naming_peers():
             dist.all_gather(found, own)

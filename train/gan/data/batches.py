@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gan.data.store import Store
+from gan.devices import sent
 
 Picks = Callable[[int], np.ndarray]
 AHEAD = 4  # batches that are being read while one is trained on
@@ -46,7 +47,7 @@ class Batches:
     def next(self) -> tuple[Tensor, Tensor | None]:
         """uint8 (n, C, S, S) and int64 (n,), both on the device."""
         index, images = self.draws.next()
-        return images, None if self.labels is None else self.labels[index.to(self.labels.device)]
+        return images, None if self.labels is None else self.labels[sent(index, self.labels.device)]
 
     def close(self) -> None:
         """Stop reading."""
@@ -68,7 +69,7 @@ class _Resident:
     def next(self) -> tuple[Tensor, Tensor]:
         index = torch.from_numpy(self.picks(self.draw))
         self.draw += 1
-        return index, self.images[index.to(self.images.device)]
+        return index, self.images[sent(index, self.images.device)]
 
     def close(self) -> None:
         del self.images
