@@ -1,7 +1,7 @@
 """In what two classes of pictures differ, and their fakes: python by_class.py DATA SAMPLES OUT.csv
 
-DATA: a folder of prepare.py. SAMPLES: a folder of sample.py --per-class. Of each class of either: the share of pixels that
-are not white (all channels 250 or more), and the mean red, green and blue, 0 to 255.
+DATA: a folder of prepare.py. SAMPLES: a folder of sample.py --per-class. Of each class of either: the share of pixels
+that are not white (all channels 250 or more), and the mean red, green and blue, 0 to 255.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def row(name: str, images: np.ndarray) -> list[object]:
 
 
 def main(data: Path, samples: Path, out: Path) -> None:
+    """Write OUT.csv, a row of each class."""
     images, labels = np.load(data / "images.npy"), np.load(data / "labels.npy")
     rows = [row(f"reals of class {label}", images[labels == label]) for label in np.unique(labels)]
     for folder in sorted(samples.iterdir()):
