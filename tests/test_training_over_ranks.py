@@ -9,7 +9,14 @@ import gan_rank_jobs as jobs
 from gan.checkpoint import of_step
 from gan.loop import REQUEUE
 
-RESNET = {"architecture": "sngan-resnet", "image_size": 32, "width": 0.02, "order": "g_first", "z_of_g": "fresh"}
+RESNET = {
+    "architecture": "sngan-resnet",
+    "image_size": 32,
+    "width": 0.02,
+    "order": "g_first",
+    "z_of_g": "fresh",
+    "u_schedule": "per_forward",
+}
 TRAININGS = {
     "CNN, BSSN": ({"norm": "bssn", "scale": 1.3, "n_dis": 2, "ema": 0.9}, 0),
     "CNN, Wasserstein with a penalty, a factor": (
@@ -18,10 +25,10 @@ TRAININGS = {
     ),
     "BSN ResNet": ({"architecture": "bsn-resnet", "image_size": 32, "width": 0.02, "batch_norm_in_d_steps": False}, 0),
     "projection, another batch for G, noise": (
-        {**RESNET, "conditional": "projection", "u_schedule": "per_forward", "batch_size_g": 12, "dequantize": True},
+        {**RESNET, "conditional": "projection", "n_dis": 2, "batch_size_g": 12, "dequantize": True},
         3,
     ),
-    "concat": ({**RESNET, "conditional": "concat", "u_schedule": "per_step"}, 3),
+    "concat, a penalty": ({**RESNET, "conditional": "concat", "u_schedule": "per_step", "gradient_penalty": 1.0}, 3),
     "batch norm over both ranks": ({"norm": "sn", "bn_groups": 1}, 0),
     "four groups": ({"norm": "sn", "bn_groups": 4}, 0),
 }
