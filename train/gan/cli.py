@@ -89,11 +89,16 @@ def _with_preset(given: list[str], presets: Presets) -> list[str]:
     if name not in presets:
         raise ValueError(f"preset must be one of {', '.join(presets) or 'none here'}, got {name!r}")
     rest = given[:at] + given[at + (1 if "=" in given[at] else 2) :]
-    flags: list[str] = []
-    for field, value in presets[name].items():
+    return flags(presets[name]) + rest
+
+
+def flags(fields: Mapping[str, Any]) -> list[str]:
+    """The command line that sets these fields of a config."""
+    found: list[str] = []
+    for field, value in fields.items():
         flag = field.replace("_", "-")
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return flags + rest
+        found += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return found
 
 
 def _one_line(text: str) -> str:

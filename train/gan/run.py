@@ -32,7 +32,25 @@ def claim(config: Config, store: Store, resume: bool, device: torch.device) -> N
         ValueError: the folder holds something that is not a run, a run without ``resume``, or other numbers or data.
         OSError: the folder cannot be made or written.
     """
-    folder, file, own = config.folder, config.folder / "config.json", identity(config, store)
+    if check_folder(config.folder, own := identity(config, store)):
+        if not resume:
+            raise ValueError(
+                f"name must be free, got {config.folder}, which holds this run: pass --resume to continue it"
+            )
+        return
+    runtime = {field.name: getattr(config, field.name) for field in dataclasses.fields(Runtime)}
+    runtime["data"] = getattr(config, "data", None)
+    runtime["compiled"] = config.compiled
+    about = {"config": own, "runtime": runtime, "environment": environment(device)}
+    atomic_write(config.folder / "config.json", (json.dumps(about, indent=2, default=str) + "\n").encode())
+
+
+def check_folder(folder: Path, own: dict[str, Any]) -> bool:
+    """Whether the folder holds the run of this identity already.
+
+    Raises ValueError: it holds something that is not a run, or other numbers or data.
+    """
+    file = folder / "config.json"
     if file.is_file():
         held = {**_defaults(), **_held(file)}
         changed = {k: (held.get(k), v) for k, v in own.items() if held.get(k) != v}
@@ -40,16 +58,10 @@ def claim(config: Config, store: Store, resume: bool, device: torch.device) -> N
         if changed:
             differences = ", ".join(f"{k}: {old!r} there, {new!r} here" for k, (old, new) in changed.items())
             raise ValueError(f"name must be free or hold this config, got {folder} with another ({differences})")
-        if not resume:
-            raise ValueError(f"name must be free, got {folder}, which holds this run: pass --resume to continue it")
-        return
+        return True
     if folder.exists() and (not folder.is_dir() or any(p.suffix != ".partial" for p in folder.iterdir())):
         raise ValueError(f"name must be free or hold a run, got {folder}, which holds something else")
-    runtime = {field.name: getattr(config, field.name) for field in dataclasses.fields(Runtime)}
-    runtime["data"] = getattr(config, "data", None)
-    runtime["compiled"] = config.compiled
-    about = {"config": own, "runtime": runtime, "environment": environment(device)}
-    atomic_write(file, (json.dumps(about, indent=2, default=str) + "\n").encode())
+    return False
 
 
 def data_of(folder: Path) -> Path | None:

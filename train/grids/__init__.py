@@ -1,0 +1,1 @@
+"""What the papers, and this repository, compare: each file has a dict GRIDS of grids by name."""
