@@ -33,7 +33,7 @@ class Pool:
     def __init__(self, runs: Sequence[Run], slots: Sequence[Slot]) -> None:
         self.waiting, self.slots = deque(runs), slots
         self.total, self.crashed = len(self.waiting), list[Run]()
-        self.active: dict[Slot, Process] = {}
+        self.active: dict[str, Process] = {}  # by the slot's name
         self.signals = 0
         self.stopping = ""
 
@@ -61,7 +61,7 @@ class Pool:
     def _fill(self) -> None:
         """Start runs on the slots that are free."""
         for slot in self.slots:
-            if slot in self.active or self.stopping or not self.waiting:
+            if slot.name in self.active or self.stopping or not self.waiting:
                 continue
             taken = slot.try_take()
             if taken is None:
@@ -80,7 +80,7 @@ class Pool:
                 continue
             with own:
                 process = Process(run, slot.name, slot.device, slot.variables, [taken, own])
-            self.active[slot] = process
+            self.active[slot.name] = process
             if self.stopping:  # by a signal that came meanwhile
                 process.ask_to_stop()
             left = len(self.waiting)
