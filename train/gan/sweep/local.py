@@ -109,9 +109,12 @@ class Pool:
                     self.stopping = self.stopping or f"runs must have room on the disk, got {run.name}: {why}"
 
     def _abandon(self) -> None:
-        """The sweep itself has failed: its runs end with a checkpoint, and nobody waits for them."""
+        """The sweep itself has failed: its runs end with a checkpoint, of which there may be no record."""
         for process in self.active.values():
             process.ask_to_stop()
+        for process in self.active.values():
+            with contextlib.suppress(OSError):
+                process.wait()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
