@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gan import distributed
 from gan.config import Config
-from gan.models import group_mean
+from gan import group_mean
 from gan.models.batch_norm import BatchNorm1d, BatchNorm2d, ConditionalBatchNorm2d
 from gan.training import Training
 
