@@ -98,11 +98,14 @@ def _with_rows(given: list[str], tables: Mapping[str, Rows]) -> list[str]:
         if name not in rows:
             raise ValueError(f"{table} must be one of {', '.join(rows) or 'none here'}, got {name!r}")
         for field, value in rows[name].items():
-            flag = field.replace("_", "-")
-            flags += (
-                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-            )
+            flags += _flag(field.replace("_", "-"), value)
     return flags + given
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def _taken(given: list[str], option: str) -> tuple[str | None, list[str]]:

@@ -103,8 +103,8 @@ def _weights(model: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def clip(model: nn.Module, limit: float) -> None:
     """Every parameter into [-limit, limit], in place (Arjovsky et al., ICML 2017, algorithm 1)."""
-    torch._foreach_clamp_max_(parameters := list(model.parameters()), limit)
-    torch._foreach_clamp_min_(parameters, -limit)
+    for parameter in model.parameters():
+        parameter.clamp_(-limit, limit)
 
 
 def make_orthonormal(model: nn.Module, draw: torch.Generator) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 import fastsn
+from gan.devices import tf32
 
 WARM_UP_ITERATIONS = 15  # as fastsn.warm_up
 
@@ -63,7 +64,7 @@ class OperatorConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, scale={self.scale:g}"
 
     @torch.no_grad()
-    def see(self, size: tuple[int, int, int]) -> None:
+    def see(self, size: Sequence[int]) -> None:
         """Draw u and v for inputs of this size (I, H, W), and bring them to the weight."""
         wide = self._wide().detach()
         v = torch.randn(1, *size, dtype=wide.dtype, device=wide.device)
@@ -148,10 +149,14 @@ class OperatorConv2d(nn.Conv2d):
 
 @contextlib.contextmanager
 def _exactly(x: Tensor) -> Iterator[None]:
-    """No autocast, no TF32, and on a GPU the same bits every time: u and v of ranks are not compared, they are equal."""
-    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with torch.autocast(x.device.type, enabled=False), cudnn if x.is_cuda else contextlib.nullcontext():
-        yield
+    """No autocast, no TF32, and on a GPU the same bits every time: each rank computes u and v for itself."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        with tf32(x.device, False), torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _unit(x: Tensor, old: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ def start(model: nn.Module, image: tuple[int, int, int]) -> None:
     one forward of zeros, with label 0."""
 
     def see(layer: OperatorConv2d, given: tuple[Tensor]) -> None:
-        layer.see(tuple(given[0].shape[1:]))
+        layer.see(given[0].shape[1:])
 
     hooks = [layer.register_forward_pre_hook(see) for layer in _convolutions(model).values()]
     training = model.training
