@@ -126,14 +126,18 @@ class OperatorConv2d(nn.Conv2d):
 
     def sigma(self, u: Tensor, v: Tensor) -> Tensor:
         """<u, A v>, differentiable in the weight."""
-        weight = self._wide()
+        return self._sigma(self._wide(), u, v)
+
+    def _sigma(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
         with _exactly(weight):
             return (u * self._operator(weight, v)).sum()
 
+    def _divided(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        sigma = self._sigma(weight, u, v)
+        return self.scale * weight / torch.where(sigma == 0, torch.ones_like(sigma), sigma)
+
     def _made(self, u: Tensor, v: Tensor) -> _Held:
-        sigma = self.sigma(u, v)
-        weight = self.scale * self._wide() / torch.where(sigma == 0, torch.ones_like(sigma), sigma)
-        return _Held(u, v, weight.to(self.weight.dtype), self.weight._version)
+        return _Held(u, v, self._divided(self._wide(), u, v).to(self.weight.dtype), self.weight._version)
 
     @torch.no_grad()
     def _store(self, u: Tensor, v: Tensor) -> None:
