@@ -140,7 +140,7 @@ def unlike(rank: int) -> str:
 
 def group_means(rank: int, groups: int) -> list[float]:
     """Mean over the group of this rank's number, and the derivative of a sum that weighs the means by rank + 1."""
-    from gan.models.group_mean import mean_of_group
+    from gan.group_mean import mean_of_group
 
     x = torch.tensor([float(rank)], dtype=torch.float64, requires_grad=True)
     mean = mean_of_group(x, groups)

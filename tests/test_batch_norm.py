@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gan import distributed
+from gan import distributed, group_mean
 from gan.config import Config
-from gan.models import group_mean
 from gan.models.batch_norm import BatchNorm1d, BatchNorm2d, ConditionalBatchNorm2d
 from gan.training import Training
 

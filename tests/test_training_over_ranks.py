@@ -30,6 +30,10 @@ TRAININGS = {
     ),
     "concat, a penalty": ({**RESNET, "conditional": "concat", "u_schedule": "per_step", "gradient_penalty": 1.0}, 3),
     "batch norm over both ranks": ({"norm": "sn", "bn_groups": 1}, 0),
+    "the discriminator's batch norm, with a penalty": ({"norm": "bn", "n_dis": 2, "gradient_penalty": 1.0}, 0),
+    "orthonormal weights": ({"norm": "orthonormal", "orthonormal_penalty": 0.1, "loss": "standard"}, 0),
+    "the operator norm": ({"norm": "sn_conv", "scale": 1.5, "u_schedule": "per_forward"}, 0),
+    "clipped weights": ({"norm": "clip", "n_dis": 2, "loss": "wasserstein"}, 0),
     "four groups": ({"norm": "sn", "bn_groups": 4}, 0),
 }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from gan import cli, recipe
 from gan.config import Config, Schedule
 from gan.data.digits import digits
+from gan.presets import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,10 @@ class Digits(Config):
 
 
 def main(config: Digits, resume: bool = False, dry_run: bool = False) -> None:
-    """Train one run; with --resume continue it, with --dry-run say what it would be."""
+    """Train one run; with --resume continue it, with --dry-run say what it would be. --method NAME: a row of
+    the papers' comparisons."""
     recipe.train(config, digits(config.image_size), resume, dry_run)
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, methods=METHODS)

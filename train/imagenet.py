@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gan import cli, recipe
 from gan.config import Architecture, Config, ZOfG
-from gan.presets import IMAGENET
+from gan.presets import IMAGENET, METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,10 @@ class ImageNet(Config):
 
 
 def main(config: ImageNet, resume: bool = False, dry_run: bool = False) -> None:
-    """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME: a row of the
-    papers' tables."""
+    """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME and --method
+    NAME: rows of the papers' tables."""
     recipe.train(config, recipe.open_data(config), resume, dry_run)
 
 
 if __name__ == "__main__":
-    cli.start(main, IMAGENET)
+    cli.start(main, IMAGENET, methods=METHODS)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gan import cli, recipe
 from gan.config import Config
-from gan.presets import PRESETS
+from gan.presets import METHODS, PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class Stl10(Config):
 
 
 def main(config: Stl10, resume: bool = False, dry_run: bool = False) -> None:
-    """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME: a row of the
-    papers' tables."""
+    """Train one run; with --resume continue it, with --dry-run say what it would be. --preset NAME and --method
+    NAME: rows of the papers' tables."""
     recipe.train(config, recipe.open_data(config), resume, dry_run)
 
 
 if __name__ == "__main__":
-    cli.start(main, PRESETS)
+    cli.start(main, PRESETS, methods=METHODS)

@@ -1,4 +1,4 @@
-"""What every command line shares: presets, and errors as one line. Imports nothing that takes long."""
+"""What every command line shares: presets and methods, and errors as one line. Imports nothing that takes long."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-Presets = Mapping[str, Mapping[str, Any]]
+Rows = Mapping[str, Mapping[str, Any]]
 Call = Callable[[], None]
 
 
-def start(main: Callable[..., None], presets: Presets | None = None, arguments: Sequence[str] | None = None) -> None:
-    """Call ``main`` with the command line. ``--preset NAME`` stands for the flags of a row of ``presets``; flags beside
-    it win. A mistake of the user or a fault of a disk ends in one line and status 1."""
+def start(
+    main: Callable[..., None],
+    presets: Rows | None = None,
+    arguments: Sequence[str] | None = None,
+    methods: Rows | None = None,
+) -> None:
+    """Call ``main`` with the command line. ``--preset NAME`` stands for the flags of a row of ``presets``, ``--method
+    NAME`` for those of a row of ``methods``. Of what both set and flags beside them, the method wins over the preset
+    and a flag over both, in whatever order they stand. A mistake of the user or a fault of a disk ends in one line and
+    status 1."""
+    tables = {"preset": presets or {}, "method": methods or {}}
 
     def parse(given: list[str]) -> Call:
         import tyro  # only a command line needs it, so that recipes can be imported where it is not installed
 
         # Every flag has its --no-flag: a preset, and who takes it, may want either.
-        call: Call = tyro.cli(later(main), args=_with_preset(given, presets or {}), config=(tyro.conf.OmitArgPrefixes,))
+        call: Call = tyro.cli(later(main), args=_with_rows(given, tables), config=(tyro.conf.OmitArgPrefixes,))
         return call
 
     parse_and_call(parse, arguments)
@@ -79,17 +87,18 @@ def later(main: Callable[..., None]) -> Callable[..., Call]:
     return parsed
 
 
-def _with_preset(given: list[str], presets: Presets) -> list[str]:
-    """The flags of the preset that is named, then those given, without its name: of two the last one counts."""
-    names = [i for i, x in enumerate(given) if x == "--preset" or x.startswith("--preset=")]
-    if not names:
-        return given
-    at = names[-1]
-    name = given[at].partition("=")[2] if "=" in given[at] else (given[at + 1 : at + 2] or [""])[0]
-    if name not in presets:
-        raise ValueError(f"preset must be one of {', '.join(presets) or 'none here'}, got {name!r}")
-    rest = given[:at] + given[at + (1 if "=" in given[at] else 2) :]
-    return flags(presets[name]) + rest
+def _with_rows(given: list[str], tables: Mapping[str, Rows]) -> list[str]:
+    """The flags of the rows that are named, table by table, then those given, without the names: of two the last one
+    counts."""
+    of_rows: list[str] = []
+    for table, rows in tables.items():
+        name, given = _taken(given, f"--{table}")
+        if name is None:
+            continue
+        if name not in rows:
+            raise ValueError(f"{table} must be one of {', '.join(rows) or 'none here'}, got {name!r}")
+        of_rows += flags(rows[name])
+    return of_rows + given
 
 
 def flags(fields: Mapping[str, Any]) -> list[str]:
@@ -99,6 +108,17 @@ def flags(fields: Mapping[str, Any]) -> list[str]:
         flag = field.replace("_", "-")
         found += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return found
+
+
+def _taken(given: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The last value of an option, None where it is not there, and the arguments without that one."""
+    found = [i for i, x in enumerate(given) if x == option or x.startswith(f"{option}=")]
+    if not found:
+        return None, given
+    at = found[-1]
+    if "=" in given[at]:
+        return given[at].partition("=")[2], given[:at] + given[at + 1 :]
+    return (given[at + 1 : at + 2] or [""])[0], given[:at] + given[at + 2 :]
 
 
 def _one_line(text: str) -> str:

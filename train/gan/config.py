@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Norm = Literal["none", "sn", "ssn", "bsn", "bssn"]
+Norm = Literal["none", "sn", "ssn", "bsn", "bssn", "sn_conv", "wn", "ln", "bn", "clip", "orthonormal"]
 Gamma = Literal["none", "same", "different"]
 Loss = Literal["hinge", "standard", "wasserstein"]
 Schedule = Literal["per_forward", "per_step", "per_d_step"]
@@ -24,11 +24,20 @@ class Numbers:
     and one of the generator."""
 
     norm: Norm = "sn"
-    """How the discriminator's weights are normalised."""
+    """How the discriminator is normalised: its weights by their spectral norm (sn), two of them (bsn), either times a
+    constant (ssn, bssn), by the norm of a convolution as an operator (sn_conv), row by row (wn); the outputs of its
+    convolutions (ln, bn); weights that are clipped, or orthonormal at the start and by a penalty."""
     scale: float = 1.0
-    """The constant c of ssn and bssn."""
+    """The constant c of ssn, bssn and sn_conv."""
     gamma: Gamma = "none"
-    """A trainable factor of weights and biases, 1 at first: one for all layers (same) or one for each (different)."""
+    """A trainable factor of weights and biases, 1 at first: one for all layers (same) or one for each (different);
+    of sn, ssn, bsn and bssn."""
+    clip: float = 0.01
+    """Of norm clip: the largest absolute value of a parameter of the discriminator after each of its steps (0.01 is
+    that of Arjovsky et al., ICML 2017, and of SN-GAN)."""
+    orthonormal_penalty: float = 1e-4
+    """Of norm orthonormal: weight of the sum of |W'W - I|^2 over the discriminator's weights. SN-GAN does not say its
+    own; 1e-4 is what Brock et al., ICLR 2019 (BigGAN), have for a relative of it."""
     loss: Loss = "hinge"
     gradient_penalty: float = 0.0
     """Weight of (|gradient of D at a point between real and fake| - 1)^2."""
@@ -83,6 +92,8 @@ class Numbers:
     """Length of z."""
     width: float = 1.0
     """Factor on every channel count of both networks."""
+    last_width: float = 1.0
+    """Of a CNN: one more factor, on the channels of the discriminator's last convolution (SN-GAN, Fig. 4)."""
     image_size: int = 32
     """Pixels a side: a multiple of 8 up to 256; of residual networks 32, 48, 64 or 128."""
 
@@ -167,10 +178,10 @@ class Config(Numbers, Runtime):
         ):
             _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
         _require(self.eval_every >= 0, "eval_every", "at least 0", self.eval_every)
-        for field in ("lr_g", "lr_d", "width", "scale"):
+        for field in ("lr_g", "lr_d", "width", "last_width", "scale", "clip"):
             value = getattr(self, field)
             _require(0 < value < float("inf"), field, "finite and positive", value)
-        for field in ("gradient_penalty", "resident_gb"):
+        for field in ("gradient_penalty", "orthonormal_penalty", "resident_gb"):
             value = getattr(self, field)
             _require(0 <= value < float("inf"), field, "finite and at least 0", value)
         for field in ("beta1", "beta2", "ema"):
@@ -187,6 +198,8 @@ class Config(Numbers, Runtime):
             "'none' with a CNN (residual networks take labels)",
             self.conditional,
         )
+        wanted = "1.0 with residual networks (the CNN takes another)"
+        _require(not residual or self.last_width == 1, "last_width", wanted, self.last_width)
         for field in ("batch_size", "batch_size_g"):
             value, groups = getattr(self, field), self.bn_groups
             _require(
@@ -196,9 +209,11 @@ class Config(Numbers, Runtime):
                 value,
             )
         _require(-1 <= self.decay_from < self.steps, "decay_from", "-1 or a step before the last", self.decay_from)
-        free = self.norm in ("ssn", "bssn")
-        _require(free or self.scale == 1, "scale", f"1 with norm {self.norm!r} (ssn and bssn take another)", self.scale)
-        _require(self.norm != "none" or self.gamma == "none", "gamma", "'none' with norm 'none'", self.gamma)
+        for field, norms in _OF_NORMS.items():
+            value, default = getattr(self, field), getattr(Numbers, field)
+            others = f"{', '.join(norms)} take{'s' if len(norms) == 1 else ''} another"
+            wanted = f"{default!r} with norm {self.norm!r} ({others})"
+            _require(self.norm in norms or value == default, field, wanted, value)
         own = self.batch_size_g not in (0, self.batch_size) or self.order == "g_first"
         _require(
             not own or self.z_of_g == "fresh",
@@ -212,6 +227,12 @@ class Config(Numbers, Runtime):
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
 
 
+_OF_NORMS = {  # fields that only some norms have
+    "scale": ("ssn", "bssn", "sn_conv"),
+    "gamma": ("sn", "ssn", "bsn", "bssn"),
+    "clip": ("clip",),
+    "orthonormal_penalty": ("orthonormal",),
+}
 _CHOICES = {
     "norm": Norm,
     "gamma": Gamma,

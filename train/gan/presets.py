@@ -6,6 +6,14 @@ sngan-a to sngan-f: the settings of Miyato et al., ICLR 2018, Table 1, with the 
 code (pfnet-research/sngan_projection). sngan-resnet: the best row of its Table 2.
 Of ImageNet, 128 pixels a side: bsn is that of Lin et al., sngan-concat that of Miyato et al. (4.2), sngan-projection
 that of Miyato and Koyama, ICLR 2018.
+
+``METHODS``: what the papers compare, for any preset: normalization, loss, gradient penalty.
+Miyato et al., Table 2: no-norm, weight-clipping, gan-gp, wgan-gp, batch-norm, layer-norm, weight-norm, orthonormal and
+sn with the standard loss where the name says no other, orthonormal-hinge, sn-hinge. Tables 7 and 8:
+wgan-gp-weight-norm, here without a trainable factor, and wgan-gp-sn, whose factors begin at 1 and multiply biases, too
+(the authors' begin at the norm of the first weight).
+Lin et al., with the hinge loss: ssn, bsn, bssn, sn-conv, the first, third and fourth with --scale; under Wasserstein
+with a gradient penalty sn-same-gamma and sn-different-gamma.
 """
 
 from __future__ import annotations
@@ -79,4 +87,31 @@ IMAGENET: dict[str, dict[str, Any]] = {
     },
     "sngan-projection": {**_IMAGENET, "conditional": "projection"},
     "sngan-concat": {**_IMAGENET, "conditional": "concat"},
+}
+
+
+def _method(norm: str, loss: str, penalty: float = 0.0, gamma: str = "none") -> dict[str, Any]:
+    return {"norm": norm, "loss": loss, "gradient_penalty": penalty, "gamma": gamma}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "no-norm": _method("none", "standard"),
+    "weight-clipping": _method("clip", "standard"),
+    "gan-gp": _method("none", "standard", 10.0),
+    "wgan-gp": _method("none", "wasserstein", 10.0),
+    "batch-norm": _method("bn", "standard"),
+    "layer-norm": _method("ln", "standard"),
+    "weight-norm": _method("wn", "standard"),
+    "orthonormal": _method("orthonormal", "standard"),
+    "orthonormal-hinge": _method("orthonormal", "hinge"),
+    "sn": _method("sn", "standard"),
+    "sn-hinge": _method("sn", "hinge"),
+    "wgan-gp-weight-norm": _method("wn", "wasserstein", 10.0),
+    "wgan-gp-sn": _method("sn", "wasserstein", 10.0, "different"),
+    "ssn": _method("ssn", "hinge"),
+    "bsn": _method("bsn", "hinge"),
+    "bssn": _method("bssn", "hinge"),
+    "sn-conv": _method("sn_conv", "hinge"),
+    "sn-same-gamma": _method("sn", "wasserstein", 10.0, "same"),
+    "sn-different-gamma": _method("sn", "wasserstein", 10.0, "different"),
 }

@@ -166,6 +166,10 @@ class Training:
                 penalty = gradient_penalty(lambda x: self._scores(x, labels), real, fake, alpha)
                 scalars["loss/penalty"] = penalty.detach()
                 loss = loss + self.config.gradient_penalty * penalty
+            orthonormal = self.norm.penalty()
+            if orthonormal is not None:
+                scalars["loss/orthonormal"] = orthonormal.detach()
+                loss = loss + self.config.orthonormal_penalty * orthonormal
             self.optimizer_d.zero_grad()
             loss.backward()
         self._average_over_ranks(p.grad for p in self.discriminator.parameters())

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gan import distributed
-from gan.models import group_mean
+from gan import distributed, group_mean
 
 
 class _Grouped(nn.modules.batchnorm._BatchNorm):

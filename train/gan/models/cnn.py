@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import fastsn
 from gan import norms
 from gan.config import Numbers
 from gan.models.batch_norm import BatchNorm1d, BatchNorm2d
@@ -55,15 +54,16 @@ def _up(i: int, o: int, groups: int) -> tuple[nn.Module, ...]:
 class Discriminator(nn.Module):
     """Images (N, channels, size, size) to scores (N, 1).
 
-    Seven convolutions 64, 64, 128, 128, 256, 256, 512 (3x3 stride 1 and 4x4 stride 2 by turns), each leaky ReLU 0.1,
-    then a linear layer, all normalised. Convolutions truncated normal 0.02, linear N(0, 0.02), biases 0. Labels are not
-    used.
+    Seven convolutions 64, 64, 128, 128, 256, 256, 512 (3x3 stride 1 and 4x4 stride 2 by turns; the last one times
+    last_width), each leaky ReLU 0.1, then a linear layer, all normalised. Convolutions truncated normal 0.02, linear
+    N(0, 0.02), biases 0. Labels are not used.
     """
 
     def __init__(self, config: Numbers, channels: int, draw: torch.Generator) -> None:
         super().__init__()
         make = norms.layers(config)
         a, b, c, d = _widths(config.width)
+        d = max(1, round(config.width * config.last_width * 512))
         layers: list[nn.Module] = []
         for i, o, kernel in ((channels, a, 3), (a, a, 4), (a, b, 3), (b, b, 4), (b, c, 3), (c, c, 4), (c, d, 3)):
             layers += [make.conv(i, o, kernel, stride=kernel - 2, padding=1), nn.LeakyReLU(0.1)]
@@ -76,8 +76,7 @@ class Discriminator(nn.Module):
                 nn.init.normal_(module.weight, std=0.02, generator=draw)
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.zeros_(module.bias)
-        if config.norm != "none":
-            fastsn.warm_up(self)  # u and v were drawn for the weights before this
+        norms.start(self, config, channels, draw)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
         return self.linear(self.convs(images).flatten(1))

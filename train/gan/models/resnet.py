@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastsn
 from gan import norms
 from gan.config import Numbers
 from gan.models import labels as given
@@ -123,8 +122,7 @@ class Discriminator(nn.Module):
         if config.conditional == "projection":
             self.embedding = make.embedding(classes, i)
         initialise(self, draw)
-        if config.norm != "none":
-            fastsn.warm_up(self)  # u and v were drawn for the weights before this
+        norms.start(self, config, channels, draw)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         embedded = None

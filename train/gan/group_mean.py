@@ -1,4 +1,4 @@
-"""The mean of tensors over the ranks that share a group of a batch norm."""
+"""The mean of tensors over the ranks that share a part of the batch, for batch norms."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ class _MeanOfGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _mean(gradient, ctx.group), None
+        mean: Tensor = _MeanOfGroup.apply(gradient, ctx.group)
+        return mean, None
 
 
 def mean_of_group(x: Tensor, groups: int) -> Tensor:
-    """Mean over the ranks that have parts of the same of ``groups`` equal parts of a batch; differentiable once."""
+    """Mean over the ranks that have parts of the same of ``groups`` equal parts of a batch; differentiable to any
+    order."""
     mean: Tensor = _MeanOfGroup.apply(x, _neighbours(groups, dist.group.WORLD))
     return mean
 
