@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastsn
 from gan.config import Numbers
@@ -53,6 +53,11 @@ def _with(layer: type[nn.Module], arguments: Callable[[bool], dict[str, Any]]) -
     return make
 
 
+def layers_of(discriminator: nn.Module) -> dict[str, Any]:
+    """What has a weight matrix, by name."""
+    return {name: m for name, m in discriminator.named_modules() if isinstance(m, _LAYERS["none"])}
+
+
 class Norm:
     """Of a discriminator that is built."""
 
@@ -78,6 +83,16 @@ class Norm:
     def at_rest(self) -> contextlib.AbstractContextManager[None]:
         """Around forwards that only look: nothing is stored."""
         return fastsn.step(self.discriminator, advance=False) if self.has_vectors else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """Every layer's weight as its forward uses it, with a scale or factor in it, by the layer's name; nothing is
+        stored. In training mode u and v are iterated first, as in a forward; in evaluation they are the stored ones."""
+        with self.at_rest():
+            return {
+                name: (layer.normalised()[0] if self.has_vectors else layer.weight).detach()
+                for name, layer in layers_of(self.discriminator).items()
+            }
 
     def sigmas(self) -> dict[str, float]:
         """sigma, sigma_out and sigma_in of every layer, by tag."""
