@@ -38,7 +38,7 @@ FIGURES = {
     "gradients": Figure(lines.COLUMNS, _grouped(lines.gradients), lines.draw),
     "variances": Figure(lines.BOUNDED, _grouped(lines.variances), lines.draw),
     "sigmas": Figure(lines.COLUMNS, _grouped(lines.sigmas), lines.draw),
-    "spectra": Figure(lines.COLUMNS, _grouped(lines.spectra), lines.draw),
+    "spectra": Figure(lines.SPECTRA, _grouped(lines.spectra), lines.draw),
     "seconds": Figure(seconds.COLUMNS, _grouped(seconds.seconds), seconds.draw),
     "samples": Figure(samples.COLUMNS, _grouped(samples.samples), samples.draw),
 }

@@ -33,10 +33,17 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def line(number: int) -> dict[str, object]:
-    """Colour, dashes and marker of line ``number``: ten colours, then the same dashed, dotted, dash-dotted."""
-    dashes = _DASHES[number // len(COLOURS) % len(_DASHES)]
-    return {"color": colour(number), "linestyle": dashes, "marker": _MARKERS[number % len(_MARKERS)]}
+def line(number: int, count: int) -> dict[str, object]:
+    """How line ``number`` of ``count`` looks: ten colours, then the same dashed, dotted, dash-dotted. Those that come
+    later, and on top, are thinner, so that lines of the same numbers are all seen."""
+    above = number / max(1, count - 1)
+    return {
+        "color": colour(number),
+        "linestyle": _DASHES[number // len(COLOURS) % len(_DASHES)],
+        "linewidth": 2.4 - 1.3 * above,
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 6 - 3 * above,
+    }
 
 
 def panels(

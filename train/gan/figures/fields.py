@@ -71,7 +71,7 @@ def settings(all_runs: Sequence[Run]) -> list[tuple[Any, ...]]:
 def _last_and_best(group: Group) -> Iterator[tuple[tuple[str, str, str], tuple[float, float, int]]]:
     """Of each seed by itself: (name, protocol, which), then mean, standard error, seeds."""
     label = runs.protocol(group.runs)
-    for column, name in runs.names(label).items():
+    for column, name in runs.score_names(label).items():
         values = [run.scores(column) for run in group.runs]
         yield (name, label, "last"), groups.mean_and_error([x[max(x)] for x in values])
         best = min if column == "fid" else max
@@ -97,7 +97,7 @@ def draw_against(rows: Sequence[Row]) -> Picture:
         for number, group in enumerate(named):
             own = sorted((places[r["value"]], r["mean"], r["standard_error"]) for r in here if r["group"] == group)
             x, means, errors = np.array(own).T
-            axis.errorbar(x, means, np.nan_to_num(errors), **axes.line(number), markersize=5, capsize=3, linewidth=1.3)
+            axis.errorbar(x, means, np.nan_to_num(errors), **axes.line(number, len(named)), capsize=3)
             axis.lines[-1].set_label(group)
         axis.set(xlabel=rows[0]["field"].replace("_", " "))
         if logarithmic:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from gan import weights
 from gan.figures import axes, runs
@@ -23,8 +24,8 @@ COLUMNS: Columns = {
     **{"quantity": str, "of": str, "group": str, "step": int, "mean": float, "standard_error": float, "seeds": int}
 }
 BOUNDED: Columns = {**COLUMNS, "bound": float}
+SPECTRA: Columns = {"index" if name == "step" else name: kind for name, kind in COLUMNS.items()}
 _log = logging.getLogger("gan")
-_SPECTRUM = "spectrum"
 
 
 def curves(found: Sequence[Group]) -> list[tuple[Any, ...]]:
@@ -77,7 +78,7 @@ def spectra(found: Sequence[Group]) -> list[tuple[Any, ...]]:
         values = {}
         for layer, weight in weights.normalized_of_discriminator(run.weights).items():
             squares = torch.linalg.svdvals(weight.flatten(1).double()).square().numpy()
-            values[_SPECTRUM, layer] = dict(enumerate((squares / squares[0]).tolist(), 1))
+            values["spectrum", layer] = dict(enumerate((squares / squares[0]).tolist(), 1))
         return values
 
     return over_seeds(found, series)
@@ -88,7 +89,7 @@ def draw(rows: Sequence[Row]) -> Picture:
     keys = list(dict.fromkeys((row["quantity"], row["of"]) for row in rows))
     named = axes.with_seeds(rows)
     columns = 2 if len(keys) < 4 else 4
-    bounded = "bound" in rows[0]
+    bounded, x_axis = "bound" in rows[0], "index" if "index" in rows[0] else "step"
     labels = [*named.values(), *(["1 / max(m, n)"] if bounded else [])]
     wide = 4.2 * min(columns, len(keys))
     picture, grid = axes.panels(len(keys), columns, below=axes.legend_rows(labels, wide)[1])
@@ -97,26 +98,43 @@ def draw(rows: Sequence[Row]) -> Picture:
         here = [row for row in rows if (row["quantity"], row["of"]) == (quantity, of)]
         for number, group in enumerate(named):
             own = [row for row in here if row["group"] == group]
-            steps, means, errors = (np.array([r[x] for r in own]) for x in ("step", "mean", "standard_error"))
-            style = {**axes.line(number), **({"markersize": 3} if len(own) <= 25 else {"marker": ""})}
-            (handles[number],) = axis.plot(steps, means, linewidth=1.3, **style)
-            axis.fill_between(steps, means - errors, means + errors, color=style["color"], alpha=0.15, linewidth=0)
+            steps, means, errors = (np.array([r[x] for r in own]) for x in (x_axis, "mean", "standard_error"))
+            style = axes.line(number, len(named)) | ({} if len(own) <= 25 else {"marker": ""})
+            (handles[number],) = axis.plot(steps, means, **style)
+            low, high = means - errors, means + errors
+            axis.fill_between(steps, low, high, color=style["color"], alpha=min(0.2, 0.9 / len(named)), linewidth=0)
         for bound in {row["bound"] for row in here if bounded}:
             handles[len(named)] = axis.axhline(bound, color="black", linestyle=(0, (5, 3)), linewidth=1)
         axis.set(title=of, ylabel=axes.SAID.get(quantity, quantity), xlabel="generator steps")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if quantity == _SPECTRUM:
+        if x_axis == "index":
             axis.set(xlabel="singular value, in order")
         powers = quantity in axes.POWERS or ("FID" in quantity and axes.spread(r["mean"] for r in here) > 10)
-        if powers and all(row["mean"] > 0 for row in here if math.isfinite(row["mean"])):
-            axis.set_yscale("log")
+        if powers:
+            _logarithmic(axis, here)
     axes.legend(picture, [handles[i] for i in sorted(handles)], labels)
     return picture
 
 
+def _logarithmic(axis: Axes, rows: Sequence[Row]) -> None:
+    """Powers of ten; within less than one of them plain numbers. What is 0, or a band that comes to it, leaves the
+    panel below."""
+    means = [row["mean"] for row in rows if 0 < row["mean"] < math.inf]
+    if not means:
+        return
+    axis.set_yscale("log", nonpositive="clip")
+    lower = [row["mean"] - row["standard_error"] for row in rows]
+    if min([*(row["mean"] for row in rows), *lower]) < min(means) / 3:
+        axis.set_ylim(bottom=min(means) / 1.5)
+    if max(means) / min(means) < 8:
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+
+
 def _scores(run: Run) -> Series:
     label = run.metrics[0]["protocol"]
-    return {(name, label): run.scores(column) for column, name in runs.names(label).items()}
+    return {(name, label): run.scores(column) for column, name in runs.score_names(label).items()}
 
 
 def _layers(run: Run, quantity: str) -> Series:

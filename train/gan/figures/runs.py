@@ -153,7 +153,7 @@ def protocol(runs: Sequence[Run]) -> str:
     return first[0]["protocol"]
 
 
-def names(label: str) -> dict[str, str]:
+def score_names(label: str) -> dict[str, str]:
     """What the scores of a protocol are called, by column of metrics.csv: FID only where it is one."""
     row = protocols.PROTOCOLS.get(label.split("-")[0])
     return dict(zip(SCORES, (row.distance, row.score) if row else ("FID", "Inception Score"), strict=True))

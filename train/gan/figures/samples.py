@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def step_of(sheet: Path) -> int:
 
 
 def draw(rows: Sequence[Row]) -> Picture:
-    """Four in a row."""
-    picture, grid = axes.panels(len(rows), 4, 3.6, 3.9)
+    """Four in a row, of many as many as there are rows."""
+    picture, grid = axes.panels(len(rows), max(4, math.ceil(len(rows) ** 0.5)), 3.6, 3.9)
     for axis, row in zip(grid, rows, strict=True):
         show(axis, Path(row["picture"]), f"{row['group']}, seed {row['seed']}")
     return picture
