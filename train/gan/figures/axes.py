@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Picture
 from gan.figures.table import Row
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#7f7f7f", "#bcbd22")
-_DASHES = ("-", "--", ":", "-.")
+_DASHES = ("-", (0, (5, 2)), (0, (4, 2, 1, 2)), (0, (1, 1)))
 _MARKERS = "osD^vP*X<>"
 _STYLE = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
 SAID = {
@@ -34,12 +34,12 @@ def colour(number: int) -> str:
 
 
 def line(number: int, count: int) -> dict[str, object]:
-    """How line ``number`` of ``count`` looks: ten colours, then the same dashed, dotted, dash-dotted. Those that come
-    later, and on top, are thinner, so that lines of the same numbers are all seen."""
+    """How line ``number`` of ``count`` looks, another for each of twenty. Those that come later, and on top, have gaps and
+    are thinner, so that lines of the same numbers are all seen."""
     above = number / max(1, count - 1)
     return {
         "color": colour(number),
-        "linestyle": _DASHES[number // len(COLOURS) % len(_DASHES)],
+        "linestyle": _DASHES[number % len(_DASHES)],
         "linewidth": 2.4 - 1.3 * above,
         "marker": _MARKERS[number % len(_MARKERS)],
         "markersize": 6 - 3 * above,
