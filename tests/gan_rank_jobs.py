@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gan import loop
+from gan import loop, probes
 from gan.config import Config
 from gan.data.store import memory_store
 from gan.distributed import CommonError, ranks
@@ -64,6 +64,17 @@ def stepped(rank: int, changes: dict[str, Any], classes: int, path: Path, steps:
         if rank == 0:
             torch.save(flat(training.state()), path)
         return losses, digest(x for x in flat(training.state()).values() if isinstance(x, Tensor))
+
+
+def measured(rank: int, changes: dict[str, Any], steps: int) -> dict[str, float]:
+    """All probes after some steps."""
+    with in_float64():
+        config = Config(name="x", steps=steps, log_gradients=True, log_variances=True, **{**TINY, **changes})
+        training = Training(config, 3, 0, CPU)
+        given = batches(config, 0)
+        for _ in range(steps):
+            training.advance(given)
+        return {tag: float(value) for tag, value in probes.measured(training, config).items()}
 
 
 def run_until(rank: int, changes: dict[str, Any], runs: Path, stop: int) -> int | str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ from gan.config import Config, Numbers
 from gan.data.digits import digits as real_digits
 from gan.data.images import to_float, to_uint8
 from gan.data.store import memory_store
+from gan.figures import comparison
+from gan.figures import runs as folders
 from gan.training import Training
 from gan.weights import load_generator
 from readme import GENERATOR
@@ -70,7 +73,7 @@ def test_a_run_leaves_its_files(finished):
 
 
 def test_scalars_have_losses_sigmas_slopes_and_times(finished):
-    scalars = pictures.read_scalars(finished, "")
+    scalars = folders.read(finished).scalars("")
     layers = [f"convs.{i}" for i in range(0, 14, 2)] + ["linear"]
     times = {tag for tag in scalars if tag.startswith("time/")}
     assert {f"time/{phase}_percent" for phase in ("step", "data", "discriminator", "generator", "log")} <= times
@@ -79,15 +82,15 @@ def test_scalars_have_losses_sigmas_slopes_and_times(finished):
         *(f"{kind}/{layer}" for kind in ("sigma", "sigma_out", "sigma_in") for layer in layers),
         *(f"slope/{where}_{how}" for where in ("real", "fake") for how in ("mean", "min", "max")),
     }
-    assert all(scalars[tag][0] == [4, 8, 10] for tag in set(scalars) - times)
+    assert all(list(scalars[tag]) == [4, 8, 10] for tag in set(scalars) - times)
     for where in ("real", "fake"):
-        least, mean, most = (scalars[f"slope/{where}_{how}"][1] for how in ("min", "mean", "max"))
+        least, mean, most = (scalars[f"slope/{where}_{how}"].values() for how in ("min", "mean", "max"))
         assert all(0 < a <= b <= c for a, b, c in zip(least, mean, most, strict=True))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) == set(scalars)
-    assert [e.value for e in events.Scalars("loss/d")] == pytest.approx(scalars["loss/d"][1])
+    assert [e.value for e in events.Scalars("loss/d")] == pytest.approx(list(scalars["loss/d"].values()))
 
 
 def test_same_config_same_metrics_and_other_seed_other_metrics(tmp_path, classifier_cache, finished):
@@ -224,15 +227,17 @@ def test_a_grid_puts_images_row_by_row_a_pixel_apart():
 
 def test_compare_makes_a_picture_and_a_table(finished, tmp_path):
     out = tmp_path / "new" / "compare.png"
-    pictures.compare([finished, finished], out, "digit FID", "digit score")
+    runs = [folders.read(finished)]
+    comparison.compare(runs * 2, out)
     with Image.open(out) as image:
         picture = np.asarray(image.convert("L"))
     assert picture.size > 500_000
     assert np.unique(picture).size > 100
-    text = pictures.table([finished], "digit FID", "digit score")
+    text = comparison.table(runs)
     with open(finished / "metrics.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     assert "BSSN, scale 1.3, seed 0" in text
+    assert {"digit FID", "digit score"} <= set(re.split(r"  +", text.splitlines()[0]))
     assert f"{float(last['fid']):.3f}" in text
 
 
@@ -242,21 +247,26 @@ def test_runs_that_differ_in_their_seed_become_a_mean_and_a_standard_error(tmp_p
         (tmp_path / name / "config.json").write_text(
             json.dumps({"config": {"norm": "ssn", "scale": scale, "seed": seed}})
         )
-        (tmp_path / name / "metrics.csv").write_text(f"fid,inception_score_mean\n100,1\n{fid},2\n")
-    lines = pictures.over_seeds([tmp_path / name for name in "abcd"], "FID", "IS").splitlines()[1:]
-    assert lines[0].split() == ["SSN", "3", "5.000", "±", "1.155", "2.000", "±", "0.000"]
+        (tmp_path / name / "metrics.csv").write_text(
+            f"protocol,network,reals,missing,fid,inception_score_mean\nbsn,x,5000,,100,1\nbsn,x,5000,,{fid},2\n"
+        )
+    lines = comparison.over_seeds([folders.read(tmp_path / name) for name in "abcd"]).splitlines()
+    assert lines.pop(0).split() == ["runs", "seeds", "FID", "Inception", "Score"]
+    assert lines[0].split() == ["SSN,", "scale", "1", "3", "5.000", "±", "1.155", "2.000", "±", "0.000"]
     assert lines[1].split() == ["SSN,", "scale", "2", "1", "9.000", "2.000"]
 
 
 def test_runs_that_have_nothing_to_compare_yet(finished, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must be the folder of a run with a metrics.csv"):
-        pictures.table([tmp_path], "a", "b")
-    (tmp_path / "metrics.csv").write_text((finished / "metrics.csv").read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match=r"must have been evaluated at least once, found no row"):
-        pictures.table([tmp_path], "a", "b")
     (tmp_path / "config.json").write_text((finished / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match=r"must be the folder of a run with a metrics.csv"):
+        comparison.table([folders.read(tmp_path)])
+    table = (finished / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text(table.splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"must have been evaluated at least once, found no row"):
+        comparison.table([folders.read(tmp_path)])
+    (tmp_path / "metrics.csv").write_text(table)
     with pytest.raises(FileNotFoundError, match="must hold samples, found no picture"):
-        pictures.compare([tmp_path], tmp_path / "compare.png", "a", "b")
+        comparison.compare([folders.read(tmp_path)], tmp_path / "compare.png")
     assert not (tmp_path / "compare.png").exists()
 
 

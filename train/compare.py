@@ -10,22 +10,24 @@ from typing import Annotated
 
 import tyro
 
-from gan import cli, pictures
+from gan import cli
+from gan.figures import comparison
+from gan.figures import runs as folders
 
 
 def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path,
-    fid_name: str = "digit FID",
-    score_name: str = "digit score",
 ) -> None:
     """Write ``out``: last samples, FID and score, and every layer's sigma of each run; print their last figures.
 
-    Digit FID and digit score use a small digit classifier: not comparable with figures that come from Inception.
+    Scores have the names of their protocol: digit FID and digit score, of a small digit classifier, are not comparable
+    with figures that come from Inception.
     """
-    pictures.compare(list(runs), out, fid_name, score_name)
-    print(pictures.table(list(runs), fid_name, score_name))
-    print(f"\n{pictures.over_seeds(list(runs), fid_name, score_name)}")
+    found = [folders.read(folder) for folder in runs]
+    comparison.compare(found, out)
+    print(comparison.table(found))
+    print(f"\n{comparison.over_seeds(found)}")
     print(f"picture: {out}")
 
 

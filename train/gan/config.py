@@ -129,6 +129,10 @@ class Runtime:
     """Steps between sample grids."""
     log_every: int = 100
     """Steps between points of the scalars."""
+    log_gradients: bool = False
+    """Log the norm of dL/dW of every layer of the discriminator, too."""
+    log_variances: bool = False
+    """Log the variance of the entries of every layer's normalized weight, too."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints; there is one after the last step too."""
     keep_checkpoints: int = 5

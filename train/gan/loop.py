@@ -160,7 +160,7 @@ class _Loop:
     def _log_scalars(self, scalars: dict[str, Tensor]) -> None:
         """Means over the ranks; the first rank's times."""
         self.ranks.mean_(scalars.values())
-        scalars |= probes.slopes(self.training)
+        scalars |= probes.measured(self.training, self.config)
         seconds = self.phases.taken()
         if self.recorder:
             self.recorder.scalars(scalars, seconds)

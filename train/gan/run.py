@@ -52,7 +52,7 @@ def check_folder(folder: Path, own: dict[str, Any]) -> bool:
     """
     file = folder / "config.json"
     if file.is_file():
-        held = {**_defaults(), **_held(file)}
+        held = {**defaults(), **_held(file)}
         changed = {k: (held.get(k), v) for k, v in own.items() if held.get(k) != v}
         changed |= {k: (v, None) for k, v in held.items() if k not in own}
         if changed:
@@ -73,13 +73,24 @@ def data_of(folder: Path) -> Path | None:
     return Path(data) if data else None
 
 
+def about(folder: Path) -> dict[str, dict[str, Any]]:
+    """config.json: its config, runtime and environment. Raises ValueError for what is no run."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads((folder / "config.json").read_text())
+        if not all(isinstance(part, dict) for part in (found["config"], *found.values())):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"run must be the folder of a run, got {folder}, whose config.json is no run's") from error
+    return found
+
+
 def identity(config: Config, store: Store) -> dict[str, Any]:
     """What decides the weights of a run: its numbers and its data."""
     shape = {"channels": store.channels, "classes": store.classes}
     return {**config.identity(), **shape, "data": store.name, "data_key": store.key}
 
 
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
     """What a run from before a field was there has of it."""
     return {x.name: x.default for x in dataclasses.fields(Numbers)}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from gan import checkpoint, models, streams
+from gan import checkpoint, models, norms, streams
 from gan.config import Config
 from gan.training import Training
 
@@ -122,3 +124,35 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path must be weights that a run has saved, got {path}: {error}") from error
     return about, parts
+
+
+def normalized_of_discriminator(path: Path) -> dict[str, Tensor]:
+    """Every layer's normalized weight in saved weights (.safetensors), as the discriminator uses it in evaluation.
+
+    Raises:
+        ValueError: the file holds something else, or weights that do not fit the config in it.
+    """
+    about, tensors = _safetensors(path)
+    config = config_of(about)
+    _, discriminator = models.build(config, about["channels"], about["classes"])
+    try:
+        discriminator.load_state_dict(tensors["discriminator"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"path must hold the weights of its config's discriminator, got {path}: {error}") from error
+    return norms.Norm(config, discriminator.eval()).weights()
+
+
+def shapes_of_discriminator(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of every layer's weight, as torch stores it; a parametrized one has the shape of its largest part. Reads the head
+    of the file only. Raises ValueError for a file that is not saved weights."""
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                name = re.fullmatch(r"discriminator\.(.+?)\.(weight|parametrizations\.weight\.original\d*)", key)
+                shape = tuple(file.get_slice(key).get_shape()) if name else ()
+                if name and math.prod(shape) >= math.prod(found.get(name[1], (0,))) and len(shape) > 1:
+                    found[name[1]] = shape
+    except SafetensorError as error:
+        raise ValueError(f"path must be weights that a run has saved, got {path}: {error}") from error
+    return found
