@@ -23,6 +23,18 @@ COLUMNS = (
 )
 
 
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv. Raises FileNotFoundError or ValueError for a folder without any."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} must be the folder of a run with a metrics.csv, found none")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{folder} must have been evaluated at least once, found no row in metrics.csv")
+    return rows
+
+
 class Outputs:
     """metrics.csv, time.txt, scalars.jsonl, sample/ and the TensorBoard events of a run, continued after ``step``."""
 

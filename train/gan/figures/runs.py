@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gan import run
+from gan import outputs, run
 from gan.metrics import protocols
 
 _log = logging.getLogger("gan")
@@ -33,14 +32,7 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, str]]:
         """The rows of metrics.csv. Raises FileNotFoundError or ValueError for a folder without any."""
-        path = self.folder / "metrics.csv"
-        if not path.is_file():
-            raise FileNotFoundError(f"{self.folder} must be the folder of a run with a metrics.csv, found none")
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows:
-            raise ValueError(f"{self.folder} must have been evaluated at least once, found no row in metrics.csv")
-        return rows
+        return outputs.read_metrics(self.folder)
 
     def scores(self, column: str) -> dict[int, float]:
         """A column of metrics.csv by step; NaN where it was none. Raises ValueError for what could not be computed."""

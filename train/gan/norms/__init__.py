@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gan.config import Numbers
 from gan.norms.table import METHODS, Start
 
-__all__ = ["METHODS", "Layers", "Norm", "layers", "start"]
+__all__ = ["METHODS", "Layers", "Norm", "layers", "layers_of", "start"]
 
 
 class Layers(NamedTuple):
@@ -97,9 +97,14 @@ class Norm:
         """The weight of every convolution, linear layer and embedding of the discriminator as its next forward uses
         it, by the layer's name; nothing is stored. Where a method leaves weights as they are, these share the memory of
         the parameters."""
-        kinds = nn.Conv2d | nn.Linear | nn.Embedding
         with self.at_rest():
-            return {name: _used(m).detach() for name, m in self.discriminator.named_modules() if isinstance(m, kinds)}
+            return {name: _used(layer).detach() for name, layer in layers_of(self.discriminator).items()}
+
+
+def layers_of(discriminator: nn.Module) -> dict[str, nn.Module]:
+    """Its convolutions, linear layers and embeddings, by name."""
+    kinds = nn.Conv2d | nn.Linear | nn.Embedding
+    return {name: m for name, m in discriminator.named_modules() if isinstance(m, kinds)}
 
 
 def _used(layer: nn.Module) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gan import pictures
 from gan.devices import pick_device
+from gan.outputs import read_metrics
 from gan.sweep import slurm, state
 from gan.sweep.plan import Run
 from gan.sweep.state import State
@@ -87,7 +87,7 @@ def _measured(runs: Sequence[Run]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for run in runs:
         if (run.folder / "metrics.csv").is_file():
-            rows = pictures.read_metrics(run.folder)
+            rows = read_metrics(run.folder)
             found.setdefault(_key(run), []).append(float(rows[-1]["seconds"]) / int(rows[-1]["step"]))
     return {key: statistics.median(values) for key, values in found.items()}
 

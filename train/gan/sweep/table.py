@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gan import checkpoint, pictures
+from gan import checkpoint
 from gan.metrics.protocols import PROTOCOLS
+from gan.outputs import read_metrics
 from gan.sweep import overview
 from gan.sweep.plan import Run
 from gan.sweep.state import State
@@ -33,7 +34,7 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     for run, state in zip(runs, overview.states(runs), strict=True):
         own = {"run": run.name, "state": state.value} | {f: str(fields[run.name][f]) for f in columns}
         own["seed"] = str(run.config.seed)
-        scores = pictures.read_metrics(run.folder) if state is State.DONE else [dict.fromkeys(_SCORES, "")]
+        scores = read_metrics(run.folder) if state is State.DONE else [dict.fromkeys(_SCORES, "")]
         found += [own | {column: score[column] for column in _SCORES} for score in scores]
     _check_alike(found)
     return found
