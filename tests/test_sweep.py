@@ -91,7 +91,7 @@ def test_runs_of_one_name_are_refused_with_what_tells_them_apart(tmp_path):
     [
         (Entry("digits", {"lr": 1}), "fields of a run of digits.py must be of its config, got lr"),
         (Entry("nothing", {}), "recipe must be a file of train/, got 'nothing'"),
-        (Entry("digits", {"norm": "sn", "scale": 2.0}), "scale must be 1 with norm 'sn'"),
+        (Entry("digits", {"norm": "sn", "scale": 2.0}), r"scale must be 1\.0 with norm 'sn'"),
     ],
 )
 def test_entries_that_are_no_run(entry, message, tmp_path):
@@ -191,7 +191,7 @@ def test_a_table_has_means_and_standard_errors_of_last_and_best_and_marks_what_i
     scored(runs, scores)
     rows = table.rows(runs)
     assert set(rows[0]) == {"run", "state", "norm", "seed", *table._SCORES}
-    table.write(tmp_path / "rows.csv", rows)
+    table.write(tmp_path / "rows.csv", rows, {})
     assert table.read(tmp_path / "rows.csv") == rows
 
     def expected(*found: float) -> str:

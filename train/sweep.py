@@ -81,10 +81,12 @@ def status(grid: Name, data: Path = Path("data"), runs: Path = Path("runs"), onl
 def table(
     grid: Name, data: Path = Path("data"), runs: Path = Path("runs"), only: Only = (), out: Path | None = None
 ) -> None:
-    """Mean ± standard error over seeds of the last and the best evaluation of each run; --out: the rows behind it."""
-    found = tables.rows(planning.runs(grid, grids.find(grid), runs, data, only))
+    """Mean ± standard error over seeds of the last and the best evaluation of each run. --out: every evaluation as CSV,
+    and beside it what the runs have in common and where they were trained as JSON."""
+    planned = planning.runs(grid, grids.find(grid), runs, data, only)
+    found = tables.rows(planned)
     if out is not None:
-        tables.write(out, found)
+        tables.write(out, found, tables.about(grid, grids.find(grid), planned))
     print(tables.markdown(found))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from gan import checkpoint
 from gan.metrics.protocols import PROTOCOLS
 from gan.outputs import read_metrics
 from gan.sweep import overview
+from gan.sweep.grid import Grid
 from gan.sweep.plan import Run
 from gan.sweep.state import State
 
@@ -48,13 +51,24 @@ def _check_alike(found: Sequence[Row]) -> None:
             raise ValueError(f"runs of one table must be scored by one {column}, got {told}")
 
 
-def write(path: Path, found: Sequence[Row]) -> None:
-    """As CSV."""
+def write(path: Path, found: Sequence[Row], told: Mapping[str, Any]) -> None:
+    """The rows as CSV, and beside it what ``about`` says as JSON."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(found[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     checkpoint.atomic_write(path, out.getvalue().encode())
+    checkpoint.atomic_write(path.with_suffix(".json"), (json.dumps(told, indent=2) + "\n").encode())
+
+
+def about(name: str, grid: Grid, runs: Sequence[Run]) -> dict[str, Any]:
+    """What the runs of a table have in common, and where they were trained: {environment: how many of them}."""
+    configs = [run.config.identity() for run in runs]
+    common = {field: x for field, x in configs[0].items() if all(c[field] == x for c in configs)}
+    files = [run.folder / "config.json" for run in runs]
+    found = [json.dumps(json.loads(file.read_text())["environment"]) for file in files if file.is_file()]
+    environments = [{"runs": count, **json.loads(text)} for text, count in Counter(found).items()]
+    return {"grid": name, "about": grid.about, "config": common, "environments": environments}
 
 
 def read(path: Path) -> list[Row]:
