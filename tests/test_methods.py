@@ -152,7 +152,7 @@ def test_fields_that_do_not_go_with_a_norm(changes, said):
 def test_every_recipe_takes_methods(monkeypatch, recipe):
     script = Path(digits.__file__).with_name(f"{recipe}.py")
     monkeypatch.setattr(sys, "argv", [str(script), "--method", "nothing"])
-    with pytest.raises(SystemExit, match="error: method must be one of no-norm, .*, got 'nothing'"):
+    with pytest.raises(SystemExit, match=r"error: method must be one of no-norm, .*, got 'nothing'"):
         runpy.run_path(str(script), run_name="__main__")
 
 

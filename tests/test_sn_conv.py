@@ -290,6 +290,7 @@ def counting(traced: list[int]) -> Callable[[torch.fx.GraphModule, list[Tensor]]
     return backend
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_layer_iterates_at_every_forward():
     layer, x = OperatorConv2d(2, 3, 3, padding=1, dtype=torch.float64), torch.randn(4, 2, 6, 6, dtype=torch.float64)
     layer.see((2, 6, 6))
