@@ -49,7 +49,11 @@ def test_weight_norm_is_the_layer_of_torch_with_unit_rows_and_leaves_zeros_alone
 def test_layer_norm_gives_every_sample_mean_0_and_variance_1_before_the_bias():
     layer = baselines.LNConv2d(3, 5, 3, padding=1)
     nn.init.normal_(layer.bias)
-    y = layer(10 * torch.randn(4, 3, 6, 7) + 3) - layer.bias.view(-1, 1, 1)
+    x = 10 * torch.randn(4, 3, 6, 7) + 3
+    y = layer(x) - layer.bias.view(-1, 1, 1)
+    z = nn.functional.conv2d(x, layer.weight, padding=1)
+    mean, var = z.mean((1, 2, 3), keepdim=True), z.var((1, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(y, (z - mean) / (var + 1e-5).sqrt(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(y.mean((1, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.var((1, 2, 3), correction=0), torch.ones(4), atol=1e-4, rtol=0)
 
@@ -58,6 +62,10 @@ def test_batch_norm_gives_every_channel_its_bias_as_mean_and_variance_1_in_any_m
     layer = baselines.BNConv2d(3, 5, 4, stride=2, padding=1)
     nn.init.normal_(layer.bias)
     x = 10 * torch.randn(4, 3, 8, 6) + 3
+    z = nn.functional.conv2d(x, layer.weight, stride=2, padding=1)
+    mean, var = (f((0, 2, 3), keepdim=True) for f in (z.mean, lambda *d, **k: z.var(*d, correction=0, **k)))
+    expected = (z - mean) / (var + 1e-5).sqrt() + layer.bias.view(-1, 1, 1)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
     for y in (layer(x), layer.eval()(x)):
         torch.testing.assert_close(y.mean((0, 2, 3)), layer.bias.detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(y.var((0, 2, 3), correction=0), torch.ones(5), atol=1e-4, rtol=0)

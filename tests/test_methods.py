@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,29 +112,51 @@ def test_mistakes_are_one_line(given, said):
         raise ValueError(error.value.code)
 
 
+SCALED, WITH_GAMMA = ("ssn", "bssn", "sn_conv"), ("sn", "ssn", "bsn", "bssn")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_scales_and_factors_are_of_some_norms(norm):
+    if norm in SCALED:
+        assert Config(name="x", norm=norm, scale=1.4).scale == 1.4
+    else:
+        said = rf"scale must be 1.0 with norm '{norm}' \(ssn, bssn, sn_conv take another\), got 1.4"
+        with pytest.raises(ValueError, match=said):
+            Config(name="x", norm=norm, scale=1.4)
+    if norm in WITH_GAMMA:
+        assert Config(name="x", norm=norm, gamma="same").gamma == "same"
+    else:
+        said = rf"gamma must be 'none' with norm '{norm}' \(sn, ssn, bsn, bssn take another\), got 'same'"
+        with pytest.raises(ValueError, match=said):
+            Config(name="x", norm=norm, gamma="same")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"norm": norm, "scale": 1.4}, rf"scale must be 1.0 with norm '{norm}' \(ssn, bssn, sn_conv take another\), got 1.4")
-     for norm in NORMS if norm not in ("ssn", "bssn", "sn_conv")]
-    + [({"norm": norm, "gamma": "same"}, rf"gamma must be 'none' with norm '{norm}' \(sn, .* take another\), got 'same'")
-       for norm in NORMS if norm not in ("sn", "ssn", "bsn", "bssn")]
-    + [
+    [
         ({"norm": "orthonormal", "clip": 0.1}, r"clip must be 0.01 with norm 'orthonormal' \(clip takes another\)"),
         ({"norm": "clip", "orthonormal_penalty": 0.1}, r"orthonormal_penalty must be 0.0001 with norm 'clip' \(ortho"),
         ({"norm": "clip", "clip": 0.0}, "clip must be finite and positive, got 0.0"),
         ({"norm": "clip", "clip": float("nan")}, "clip must be finite and positive, got nan"),
-        ({"norm": "orthonormal", "orthonormal_penalty": -1.0}, "orthonormal_penalty must be finite and at least 0, got"),
+        ({"norm": "orthonormal", "orthonormal_penalty": -1.0}, "orthonormal_penalty must be finite and at least 0"),
         ({"last_width": 0.0}, "last_width must be finite and positive, got 0.0"),
-        ({"architecture": "bsn-resnet", "last_width": 2.0}, r"last_width must be 1.0 with residual networks .*, got 2.0"),
+        ({"architecture": "bsn-resnet", "last_width": 2.0}, r"last_width must be 1.0 with residual networks .*, got 2"),
     ],
-)  # fmt: skip
+)
 def test_fields_that_do_not_go_with_a_norm(changes, said):
     with pytest.raises(ValueError, match=said):
         Config(name="x", **changes)
 
 
+@pytest.mark.parametrize("recipe", ["digits", "cifar10", "stl10", "celeba", "images", "imagenet"])
+def test_every_recipe_takes_methods(monkeypatch, recipe):
+    script = Path(digits.__file__).with_name(f"{recipe}.py")
+    monkeypatch.setattr(sys, "argv", [str(script), "--method", "nothing"])
+    with pytest.raises(SystemExit, match=r"error: method must be one of no-norm, .*, got 'nothing'"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 def test_fields_that_do():
-    assert Config(name="x", norm="sn_conv", scale=1.75).scale == 1.75
     assert Config(name="x", norm="clip", clip=0.1).clip == 0.1
     assert Config(name="x", norm="orthonormal", orthonormal_penalty=0.0).orthonormal_penalty == 0
     assert Config(name="x", last_width=8.0).last_width == 8

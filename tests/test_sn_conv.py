@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -194,8 +195,11 @@ def test_steps_nest_and_end_with_an_exception_and_see_changed_weights():
             assert layer.normalised()[0] is not outer
         assert layer.normalised()[0] is outer
         with torch.no_grad():
-            layer.weight.mul_(2)
-        torch.testing.assert_close(layer.normalised()[0], outer)  # by the new sigma
+            layer.weight[0].mul_(2)
+        u, v = layer._held.u, layer._held.v
+        expected = layer.weight / (u * nn.functional.conv2d(v, layer.weight, padding=1)).sum()
+        torch.testing.assert_close(layer.normalised()[0], expected)
+        assert layer.normalised()[0] is not outer
     with pytest.raises(ValueError, match="input must have the size"), of.norm.at_rest():
         layer(torch.randn(1, 3, 9, 9))
     assert layer._held is None
@@ -255,23 +259,18 @@ def test_resumed_training_has_the_same_bits(schedule):
         training(norm="sn_conv", image_size=16).load(saved)
 
 
+# torch's compiler hides this warning, but not from a filter that makes it an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(
-    ("norm", "schedule"), [("sn_conv", "per_forward"), ("sn_conv", "per_d_step"), ("bn", "per_step")]
-)
+@pytest.mark.parametrize(("norm", "schedule"), [("sn_conv", "per_d_step"), ("bn", "per_step")])
 def test_compiled_discriminators_train_to_the_same_weights(monkeypatch, norm, schedule):
     """Traced, and run by torch's own kernels, which takes no C++ compiler."""
     compiler, traced = torch.compile, []
 
-    def without_a_compiler(net: nn.Module) -> nn.Module:
-        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-            traced.append(type(net).__name__)
-            return aot_eager(graph, inputs)
-
-        return compiler(net, backend=backend) if isinstance(net, models.cnn.Discriminator) else net
+    def of_discriminators(net: nn.Module) -> nn.Module:
+        return compiler(net, backend=counting(traced)) if isinstance(net, models.cnn.Discriminator) else net
 
     torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    monkeypatch.setattr(torch, "compile", of_discriminators)
     torch.set_default_dtype(torch.float64)
     try:
         plain, compiled = (training(norm=norm, u_schedule=schedule, compile=c) for c in (False, True))
@@ -281,9 +280,34 @@ def test_compiled_discriminators_train_to_the_same_weights(monkeypatch, norm, sc
                 of.advance(given)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert set(traced) == {"Discriminator"}
+    assert traced
     for part in ("generator", "discriminator"):
         torch.testing.assert_close(plain.state()[part], compiled.state()[part], rtol=0, atol=1e-9)
+
+
+def counting(traced: list[int]) -> Callable[[torch.fx.GraphModule, list[Tensor]], object]:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        traced.append(len(inputs))
+        return aot_eager(graph, inputs)
+
+    return backend
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_layer_iterates_at_every_forward():
+    layer, x = OperatorConv2d(2, 3, 3, padding=1, dtype=torch.float64), torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    layer.see((2, 6, 6))
+    twin, traced = copy.deepcopy(layer), []
+    torch.compiler.reset()
+    compiled = torch.compile(twin, backend=counting(traced))
+    for _ in range(3):
+        expected, found = layer(x), compiled(x)
+        torch.testing.assert_close(found, expected)
+        for y in (expected, found):
+            y.square().sum().backward()
+    torch.testing.assert_close(twin.weight.grad, layer.weight.grad)
+    torch.testing.assert_close(state(twin), state(layer))
+    assert traced
 
 
 def test_inputs_of_another_size_and_layers_that_cannot_be():
@@ -293,7 +317,7 @@ def test_inputs_of_another_size_and_layers_that_cannot_be():
     layer.see((2, 5, 5))
     with pytest.raises(ValueError, match=r"\(2, 5, 5\), got \(2, 5, 6\)"):
         layer(torch.randn(1, 2, 5, 6))
-    with pytest.raises(ValueError, match=r"padding must be numbers of zeros, got \\(1, 1\\) of 'circular'"):
+    with pytest.raises(ValueError, match=r"padding must be numbers of zeros, got \(1, 1\) of 'circular'"):
         OperatorConv2d(2, 3, 3, padding=1, padding_mode="circular")
     with pytest.raises(ValueError, match="padding must be numbers of zeros, got 'same'"):
         OperatorConv2d(2, 3, 3, padding="same")
