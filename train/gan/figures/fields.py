@@ -112,7 +112,7 @@ def draw_against(rows: Sequence[Row]) -> Picture:
 def draw_settings(rows: Sequence[Row]) -> Picture:
     """Bars side by side at each setting, with error bars."""
     named, places = axes.with_seeds(rows), list(dict.fromkeys(row["setting"] for row in rows))
-    width = max(4.8, len(places) * (0.9 + 0.11 * len(named)))
+    width = max(4.8, len(places) * (0.75 + 0.1 * len(named)))
     picture, grid = _four(rows, list(named.values()), width)
     handles = {}
     for axis, here in grid:
@@ -125,6 +125,7 @@ def draw_settings(rows: Sequence[Row]) -> Picture:
             bars = axis.bar(x, np.nan_to_num(means), 0.84 / len(named), yerr=np.nan_to_num(errors), **look)
             handles[group] = bars
             mark_unknown(axis, x, means)
+        axis.set_xlim(-0.6, len(places) - 0.4)
         axis.set_xticks(range(len(places)), [place.replace("; ", "\n") for place in places], fontsize=9)
         axis.grid(axis="x", visible=False)
     axes.legend(picture, list(handles.values()), list(named.values()))
@@ -141,11 +142,12 @@ def mark_unknown(axis: Axes, x: Sequence[float], means: Sequence[float]) -> None
 def _four(rows: Sequence[Row], labels: list[str], width: float = 4.8) -> tuple[Picture, list[tuple[Axes, list[Row]]]]:
     """A panel for last and best of FID and score, with its rows."""
     keys = list(dict.fromkeys((row["quantity"], row["of"], row["which"]) for row in rows))
-    picture, grid = axes.panels(len(keys), 2, width, 3.3, below=axes.legend_rows(labels, 2 * width)[1])
+    columns = 2 if width < 8 else 1
+    picture, grid = axes.panels(len(keys), columns, width, 3.3, below=axes.legend_rows(labels, columns * width)[1])
     panels = []
     for axis, key in zip(grid, keys, strict=True):
         here = [row for row in rows if (row["quantity"], row["of"], row["which"]) == key]
-        axis.set(title=f"{key[2]}, {key[1]}", ylabel=key[0])
+        axis.set(title=f"{key[2]}, protocol {key[1]}", ylabel=key[0])
         if "FID" in key[0] and axes.spread(row["mean"] for row in here) > 20:
             axis.set_yscale("log")
         panels.append((axis, here))
