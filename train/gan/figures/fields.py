@@ -101,6 +101,8 @@ def draw_against(rows: Sequence[Row]) -> Picture:
             look = axes.line(number, len(named))
             handles[group] = axis.errorbar(x, means, np.nan_to_num(errors), **look, capsize=3)[0]
         axis.set(xlabel=rows[0]["field"].replace("_", " "))
+        if "FID" in here[0]["quantity"] and axes.spread(row["mean"] for row in here) > 8:
+            axis.set_yscale("log")
         if logarithmic:
             axis.set_xscale("log")
         axis.xaxis.set_minor_locator(NullLocator())
@@ -148,8 +150,6 @@ def _four(rows: Sequence[Row], labels: list[str], width: float = 4.8) -> tuple[P
     for axis, key in zip(grid, keys, strict=True):
         here = [row for row in rows if (row["quantity"], row["of"], row["which"]) == key]
         axis.set(title=f"{key[2]}, protocol {key[1]}", ylabel=key[0])
-        if "FID" in key[0] and axes.spread(row["mean"] for row in here) > 20:
-            axis.set_yscale("log")
         panels.append((axis, here))
     return picture, panels
 

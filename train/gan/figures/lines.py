@@ -110,7 +110,7 @@ def draw(rows: Sequence[Row]) -> Picture:
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if x_axis == "index":
             axis.set(xlabel="singular value, in order")
-        powers = quantity in axes.POWERS or ("FID" in quantity and axes.spread(r["mean"] for r in here) > 10)
+        powers = quantity in axes.POWERS or ("FID" in quantity and axes.spread(r["mean"] for r in here) > 8)
         if powers:
             _logarithmic(axis, here)
     axes.legend(picture, [handles[i] for i in sorted(handles)], labels)
