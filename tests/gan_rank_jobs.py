@@ -66,7 +66,7 @@ def stepped(rank: int, changes: dict[str, Any], classes: int, path: Path, steps:
         return losses, digest(x for x in flat(training.state()).values() if isinstance(x, Tensor))
 
 
-def measured(rank: int, changes: dict[str, Any], steps: int) -> dict[str, float]:
+def measured(_: int, changes: dict[str, Any], steps: int) -> dict[str, float]:
     """All probes after some steps."""
     with in_float64():
         config = Config(name="x", steps=steps, log_gradients=True, log_variances=True, **{**TINY, **changes})

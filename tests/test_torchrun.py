@@ -22,7 +22,8 @@ import prepare
 import real_archives as real
 import sample
 import with_tiny_lite0
-from gan import checkpoint, cli, pictures, presets, rendezvous
+from gan import checkpoint, cli, presets, rendezvous
+from gan.figures import runs
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -151,10 +152,10 @@ def test_from_the_archive_to_samples_of_each_class_through_requeue_kills_and_res
     assert len(rows) > 3
     assert all(float(row["fid"]) > 0 for row in rows)
     assert rows[-1]["protocol"] == f"lite0-{CLASSES * EACH}r-60f"
-    scalars = pictures.read_scalars(run, "")
-    assert scalars["loss/d"][0] == list(range(1, STEPS + 1))
+    scalars = runs.read(run).scalars("")
+    assert list(scalars["loss/d"]) == list(range(1, STEPS + 1))
     assert {"time/reduction_percent", "time/data_percent", "images_per_s_per_process"} <= set(scalars)
-    assert all(images_per_s > 0 for images_per_s in scalars["images_per_s_per_process"][1])
+    assert all(images_per_s > 0 for images_per_s in scalars["images_per_s_per_process"].values())
     assert (run / f"sample/step-{STEPS:08d}.png").exists()
 
     sample.main(run, tmp_path / "sheet.png", per_class=3)

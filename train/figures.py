@@ -11,7 +11,6 @@ but the seed become a mean with its standard error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -67,13 +66,13 @@ def samples(runs: Runs, out: Path, unfinished: bool = False) -> None:
     figures.make("samples", runs, out, unfinished)
 
 
+COMMANDS = (curves, against, settings, gradients, variances, sigmas, spectra, seconds, samples)
+
+
 def main(args: list[str] | None = None) -> None:
     """The command line. A mistake of the user ends in one line and status 1. --unfinished takes runs as far as they
     are."""
-    functions: tuple[Callable[..., None], ...] = (
-        *(curves, against, settings, gradients, variances, sigmas, spectra, seconds, samples),
-    )
-    commands = {command.__name__: cli.later(command) for command in functions}
+    commands = {command.__name__: cli.later(command) for command in COMMANDS}
     config = (tyro.conf.FlagCreatePairsOff,)
     cli.parse_and_call(lambda given: tyro.extras.subcommand_cli_from_dict(commands, args=given, config=config), args)
 

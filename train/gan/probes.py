@@ -37,8 +37,8 @@ def slopes(training: Training) -> dict[str, Tensor]:
 def gradients(training: Training) -> dict[str, Tensor]:
     """Frobenius norm of dL/dW of every layer of D, where L is the loss of the last discriminator step, penalties
     included, and W the weight that the optimizer changes (of two or more parts, all of them). The gradient is still
-    there from that step, averaged over the ranks: nothing is computed but the norm. Lin et al., NeurIPS 2021, Fig. 4 of
-    their blog."""
+    there from that step, averaged over the ranks: nothing is computed but the norm. The
+    blog of Lin et al., NeurIPS 2021, Fig. 4."""
     found = {}
     for name, layer in norms.layers_of(training.discriminator).items():
         parts = [p.grad.norm() for p in layer.parameters() if p.ndim > 1 and p.grad is not None]

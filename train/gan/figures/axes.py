@@ -34,8 +34,8 @@ def colour(number: int) -> str:
 
 
 def line(number: int, count: int) -> dict[str, object]:
-    """How line ``number`` of ``count`` looks, another for each of twenty. Those that come later, and on top, have gaps and
-    are thinner, so that lines of the same numbers are all seen."""
+    """How line ``number`` of ``count`` looks, another for each of twenty. Those that come later, and on top, have gaps
+    and are thinner, so that lines of the same numbers are all seen."""
     above = number / max(1, count - 1)
     return {
         "color": colour(number),

@@ -19,7 +19,7 @@ _NORMS = {
     "none": "no normalization",
     "clip": "weight clipping",
     "orthonormal": "orthonormal",
-    "sn_conv": "SN of the convolution",
+    "sn_conv": "SN conv",
 }
 _SHORT = {"lr_g": "lr of G", "lr_d": "lr of D", "lr": "lr", "beta1": "β1", "beta2": "β2", "gradient_penalty": "penalty"}
 

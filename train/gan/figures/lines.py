@@ -105,11 +105,12 @@ def draw(rows: Sequence[Row]) -> Picture:
             axis.fill_between(steps, low, high, color=style["color"], alpha=min(0.2, 0.9 / len(named)), linewidth=0)
         for bound in {row["bound"] for row in here if bounded}:
             handles[len(named)] = axis.axhline(bound, color="black", linestyle=(0, (5, 3)), linewidth=1)
-        axis.set(title=of, ylabel=axes.SAID.get(quantity, quantity), xlabel="generator steps")
+        title = of if quantity in axes.SAID else f"protocol {of}"
+        axis.set(title=title, ylabel=axes.SAID.get(quantity, quantity), xlabel="generator steps")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if x_axis == "index":
             axis.set(xlabel="singular value, in order")
-        powers = quantity in axes.POWERS or ("FID" in quantity and axes.spread(r["mean"] for r in here) > 10)
+        powers = quantity in axes.POWERS or ("FID" in quantity and axes.spread(r["mean"] for r in here) > 8)
         if powers:
             _logarithmic(axis, here)
     axes.legend(picture, [handles[i] for i in sorted(handles)], labels)

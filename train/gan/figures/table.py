@@ -31,6 +31,8 @@ def parse(columns: Columns, written: str, where: Path) -> list[Row]:
     rows = []
     for cells in reader:
         try:
+            if len(cells) != len(columns):
+                raise ValueError(f"{len(cells)} cells in place of {len(columns)}")
             rows.append({name: _value(kind, x) for (name, kind), x in zip(columns.items(), cells, strict=True)})
         except ValueError as error:
             raise ValueError(f"{where} must be CSV of a figure, got line {reader.line_num}: {error}") from error
