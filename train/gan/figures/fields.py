@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,10 @@ def against(all_runs: Sequence[Run], field: str = "scale") -> list[tuple[Any, ..
     Raises:
         ValueError: no config has the field; it has one value in all of them.
     """
+    if field == "scale":  # 1 of ssn is sn, of bssn bsn: points of one line
+        free = {"sn": "ssn", "bsn": "bssn"}
+        configs = [{**run.config, "norm": free.get(run.config["norm"], run.config["norm"])} for run in all_runs]
+        all_runs = [replace(run, config=config) for run, config in zip(all_runs, configs, strict=True)]
     known = sorted({name for run in all_runs for name in run.config} - {"seed"})
     if field not in known:
         raise ValueError(f"field must be one of {', '.join(known)}, got {field!r}")

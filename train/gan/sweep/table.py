@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gan import checkpoint
+from gan.figures.groups import mean_and_error
 from gan.metrics.protocols import PROTOCOLS
 from gan.outputs import read_metrics
 from gan.sweep import overview
@@ -120,9 +120,8 @@ def mean(values: Sequence[float]) -> str:
     finite = [x for x in values if not math.isnan(x)]
     if not finite:
         return "–"
-    text = f"{statistics.mean(finite):.2f}"
-    if len(finite) > 1:
-        text += f" ± {statistics.stdev(finite) / len(finite) ** 0.5:.2f}"
+    middle, error, count = mean_and_error(finite)
+    text = f"{middle:.2f}" + (f" ± {error:.2f}" if count > 1 else "")
     return text + (f" ({len(values) - len(finite)} not finite)" if len(finite) < len(values) else "")
 
 
