@@ -190,7 +190,7 @@ def test_against_a_field_there_are_last_and_best_of_each_seed(tmp_path):
     assert found["Inception Score", "last", "SSN", "2"] == expected([3, 4])
     assert found["Inception Score", "best", "SSN", "2"] == expected([3, 5])
     assert found["FID", "last", "SSN", "0.5"] == expected([3])
-    assert found["FID", "best", "SN", "1"] == expected([2])
+    assert found["FID", "best", "SSN", "1"] == expected([2])  # what SN is
     assert {r["field"] for r in rows} == {"scale"}
 
 

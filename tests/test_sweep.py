@@ -152,6 +152,8 @@ def test_hours_are_those_of_runs_that_are_there_or_of_steps_that_are_timed(tmp_p
     )
     runs[0].folder.mkdir(parents=True)
     (runs[0].folder / "metrics.csv").write_text("step,seconds\n2,7200\n")  # an hour a step
+    runs[1].folder.mkdir(parents=True)
+    (runs[1].folder / "metrics.csv").write_text("step,seconds\n")  # not evaluated yet
     (runs[0].folder / "scalars.jsonl").write_text('{"step": 3}\n')
     text = overview.plan(4, runs, 2, False, "cpu")
     assert "16 steps in all, 13 left" in text

@@ -14,7 +14,7 @@ from its checkpoint. --only takes patterns of names, such as "cifar10,*seed-0".
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -26,95 +26,94 @@ from gan.sweep import plan as planning
 from gan.sweep import table as tables
 
 _log = logging.getLogger("gan")
-Name = tyro.conf.Positional[str]
-Only = tuple[str, ...]
 
 
-def plan(
-    grid: Name,
-    data: Path = Path("data"),
-    runs: Path = Path("runs"),
-    only: Only = (),
-    slots: int = 1,
-    measure: bool = False,
-    device: str = "auto",
-) -> None:
+@dataclass(frozen=True)
+class Chosen:
+    """Runs of a grid."""
+
+    grid: tyro.conf.Positional[str]
+    data: Path = Path("data")
+    """The folder of data folders that are called as the recipes, or one data folder."""
+    runs: Path = Path("runs")
+    """The runs are in <runs>/<grid>/."""
+    only: tuple[str, ...] = ()
+    """Patterns of names of runs; by default all."""
+
+    def planned(self) -> list[planning.Run]:
+        """Each of them once."""
+        return planning.runs(self.grid, grids.find(self.grid), self.runs, self.data, self.only)
+
+
+@dataclass(frozen=True)
+class Started(Chosen):
+    """Runs of a grid, and on what they are started."""
+
+    slots: tuple[str, ...] = ()
+    """Numbers of GPUs, or cpu:N for N equal parts of the cores; by default each GPU, or all of the CPU."""
+    slurm: bool = False
+    """As an array of jobs of Slurm."""
+    slurm_options: tuple[str, ...] = ()
+    """KEY=VALUE of submitit's AutoExecutor, as timeout_min=720 or slurm_partition=gpu."""
+
+    def start(self, again: bool) -> None:
+        """Those that are not done, or with ``again`` those that have crashed."""
+        if self.slurm and self.slots:
+            raise ValueError(f"slots must not be given with --slurm, got {' '.join(self.slots)}")
+        if self.slurm_options and not self.slurm:
+            raise ValueError(f"slurm-options must be given with --slurm, got {' '.join(self.slurm_options)}")
+        options = slurm.options(self.slurm_options)
+        places = [] if self.slurm else slots.parse(self.slots or slots.default())
+        planned = self.planned()
+        chosen = overview.to_start(planned, again)
+        planning.check(chosen)
+        _log.info("%d runs: %d to start", len(planned), len(chosen))
+        if not chosen:
+            print(overview.status(planned))
+        elif self.slurm:
+            jobs = slurm.submit(chosen, self.runs / self.grid / ".sweep" / "submitit", options)
+            print("\n".join(f"{r.name}: job {job.job_id}" for r, job in zip(chosen, jobs, strict=True)))
+        else:
+            local.Pool(chosen, places).run()
+
+
+def plan(chosen: Chosen, slots: int = 1, measure: bool = False, device: str = "auto") -> None:
     """How many runs and steps, and how many hours on so many slots, by the speed of runs that are there; --measure
     times some steps of the others."""
-    found = planning.runs(grid, grids.find(grid), runs, data, only)
-    print(grids.find(grid).about)
-    print(overview.plan(len(grids.find(grid).entries), found, slots, measure, device))
+    grid = grids.find(chosen.grid)
+    print(grid.about)
+    print(overview.plan(len(grid.entries), chosen.planned(), slots, measure, device))
 
 
-def run(
-    grid: Name,
-    data: Path = Path("data"),
-    runs: Path = Path("runs"),
-    only: Only = (),
-    slots: tuple[str, ...] = (),
-    slurm: bool = False,
-    slurm_options: tuple[str, ...] = (),
-) -> None:
-    """Start what is not done. --slots: numbers of GPUs, or cpu:N; by default each GPU, or all of the CPU. --data: the
-    folder of data folders called as the recipes, or one data folder."""
-    _start(planning.runs(grid, grids.find(grid), runs, data, only), slots, slurm, slurm_options, again=False)
+def run(started: Started) -> None:
+    """Start what is not done and has not crashed."""
+    started.start(again=False)
 
 
-def retry(
-    grid: Name,
-    data: Path = Path("data"),
-    runs: Path = Path("runs"),
-    only: Only = (),
-    slots: tuple[str, ...] = (),
-    slurm: bool = False,
-    slurm_options: tuple[str, ...] = (),
-) -> None:
+def retry(started: Started) -> None:
     """Start those that have crashed, from their newest checkpoints, and no others."""
-    _start(planning.runs(grid, grids.find(grid), runs, data, only), slots, slurm, slurm_options, again=True)
+    started.start(again=True)
 
 
-def status(grid: Name, data: Path = Path("data"), runs: Path = Path("runs"), only: Only = ()) -> None:
+def status(chosen: Chosen) -> None:
     """Where every run stands."""
-    print(overview.status(planning.runs(grid, grids.find(grid), runs, data, only)))
+    print(overview.status(chosen.planned()))
 
 
-def table(
-    grid: Name, data: Path = Path("data"), runs: Path = Path("runs"), only: Only = (), out: Path | None = None
-) -> None:
+def table(chosen: Chosen, out: Path | None = None) -> None:
     """Mean ± standard error over seeds of the last and the best evaluation of each run. --out: every evaluation as CSV,
     and beside it what the runs have in common and where they were trained as JSON."""
-    planned = planning.runs(grid, grids.find(grid), runs, data, only)
+    planned = chosen.planned()
     found = tables.rows(planned)
     if out is not None:
-        tables.write(out, found, tables.about(grid, grids.find(grid), planned))
+        tables.write(out, found, tables.about(chosen.grid, grids.find(chosen.grid), planned))
     print(tables.markdown(found))
-
-
-def _start(
-    found: Sequence[planning.Run], given: Sequence[str], to_slurm: bool, options: Sequence[str], again: bool
-) -> None:
-    if to_slurm and given:
-        raise ValueError(f"slots must not be given with --slurm, got {' '.join(given)}")
-    if options and not to_slurm:
-        raise ValueError(f"slurm-options must be given with --slurm, got {' '.join(options)}")
-    places = [] if to_slurm else slots.parse(given or slots.default())
-    chosen = overview.to_start(found, again)
-    planning.check(chosen)
-    _log.info("%d runs: %d to start", len(found), len(chosen))
-    if not chosen:
-        print(overview.status(found))
-    elif to_slurm:
-        folder = found[0].folder.parent / ".sweep" / "submitit"
-        jobs = slurm.submit(chosen, folder, slurm.options(options))
-        print("\n".join(f"{r.name}: job {job.job_id}" for r, job in zip(chosen, jobs, strict=True)))
-    else:
-        local.Pool(chosen, places).run()
 
 
 def main(args: list[str] | None = None) -> None:
     """The command line. A mistake of the user ends in one line and status 1; asked to stop, with status 75."""
     commands = {command.__name__: cli.later(command) for command in (plan, run, retry, status, table)}
-    config = (tyro.conf.FlagCreatePairsOff,)
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     cli.parse_and_call(lambda given: tyro.extras.subcommand_cli_from_dict(commands, args=given, config=config), args)
 
 

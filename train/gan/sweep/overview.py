@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -86,7 +87,7 @@ def _measured(runs: Sequence[Run]) -> dict[str, float]:
     """Seconds a step, evaluation included, by key."""
     found: dict[str, list[float]] = {}
     for run in runs:
-        if (run.folder / "metrics.csv").is_file():
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not begun, not evaluated yet
             rows = read_metrics(run.folder)
             found.setdefault(_key(run), []).append(float(rows[-1]["seconds"]) / int(rows[-1]["step"]))
     return {key: statistics.median(values) for key, values in found.items()}
