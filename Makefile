@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train/digits.py --name digits/ssn --norm ssn --scale 2 --resume
 	$(BIN)/python train/digits.py --name digits/bssn --norm bssn --scale 2 --resume
 	$(BIN)/python train/compare.py runs/digits/ssn runs/digits/bssn --out runs/digits/compare.png
-	@echo "One seed is no ranking. Five seeds of each, at nine scales: README.md, \"What it shows, in miniature\","
+	@echo "One seed is no ranking. Five seeds of each, at nine scales: README.md, \"What it shows in miniature\","
 	@echo "and train/results/digits/scales.csv. Both are at their best, within the standard errors, at the scale 2 of this demo."
 
 # Workers share the cores: threads that wait for others must not spin meanwhile.

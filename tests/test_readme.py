@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import csv
 import importlib.util
 import json
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +30,7 @@ def script(path: str) -> ModuleType:
 
 
 report, matrix = script("bench/report.py"), script(".ci/matrix.py")
+digits = script("train/results/digits/report.py")
 
 
 def test_the_example_runs():
@@ -93,3 +97,23 @@ def test_links_lead_somewhere():
         "#" + line.lstrip("# ").lower().replace(" ", "-") for line in README.splitlines() if line.startswith("#")
     }
     assert all(link in headings if link.startswith("#") else (ROOT / link).is_file() for link in links)
+
+
+def test_the_tables_of_the_digits_are_those_of_the_committed_rows():
+    assert f"{digits.BEGIN}\n{digits.section()}\n{digits.END}" in README
+
+
+def test_the_figure_of_the_digits_has_the_means_of_the_committed_rows():
+    with open(ROOT / "train/results/digits/scales.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["step"] == "1000"]
+    scores: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        line = {"sn": "SSN", "bsn": "BSSN"}.get(row["norm"], row["norm"].upper())
+        scores.setdefault((line, float(row["scale"])), []).append(float(row["fid"]))
+    with open(ROOT / "train/results/digits/scales-figure.csv", newline="") as file:
+        figure = [row for row in csv.DictReader(file) if (row["quantity"], row["which"]) == ("digit FID", "last")]
+    found = {(row["group"], float(row["value"])): (float(row["mean"]), float(row["standard_error"])) for row in figure}
+    assert set(found) == set(scores)
+    for key, values in scores.items():
+        assert len(values) == 5
+        assert found[key] == pytest.approx((statistics.mean(values), statistics.stdev(values) / 5**0.5))
