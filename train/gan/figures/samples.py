@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from gan.figures import axes
 from gan.figures.groups import Group
 from gan.figures.table import Columns, Row
 
+_TITLE = 44  # characters that fit over a sheet
 COLUMNS: Columns = {"group": str, "seed": int, "step": int, "picture": str}
 
 
@@ -45,5 +47,6 @@ def show(axis: Axes, sheet: Path, title: str) -> None:
     """A sheet with a title and its step."""
     with Image.open(sheet) as image:
         axis.imshow(image, cmap="gray", interpolation="nearest")
-    axis.set_title(f"{title}\nsamples at step {step_of(sheet):,}", fontsize=10)
+    lines = [*textwrap.wrap(title, _TITLE), f"samples at step {step_of(sheet):,}"]
+    axis.set_title("\n".join(lines), fontsize=10)
     axis.set_axis_off()
