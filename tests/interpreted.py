@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime import interpreter
 
 from fastsn import gpu
@@ -37,6 +38,49 @@ if triton.__version__.startswith(("3.5", "3.6")):  # newer ones do it themselves
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def _patch_once_per_launch() -> None:
+    """Every function that a kernel calls patches Triton's language anew: a third of a launch's time."""
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(fn: Any) -> Any:
+        modules = {id(x) for x in fn.__globals__.values() if x is tl or x is tl.core}
+        if modules <= patched:
+            return interpreter._LangPatchScope()
+        scope = patch(fn)
+        if not patched:  # of the launch itself, which ends with this
+            restore = scope.restore
+
+            def ended() -> None:
+                patched.clear()
+                restore()
+
+            scope.restore = ended
+        patched.update(modules)
+        return scope
+
+    interpreter._patch_lang = once
+
+
+def _know_dtypes() -> None:
+    """Triton makes a table of all for every question."""
+    ask, known = interpreter._get_np_dtype, {}
+
+    def numpys(dtype: Any) -> Any:
+        name = str(dtype.scalar)
+        if name not in known:
+            known[name] = ask(dtype.scalar)
+        return known[name]
+
+    interpreter._get_np_dtype = numpys
+
+
+# Half the time of all that runs on the interpreter.
+if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.6
+    _patch_once_per_launch()
+if hasattr(interpreter, "_get_np_dtype"):
+    _know_dtypes()
 
 
 @contextmanager

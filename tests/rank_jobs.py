@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastsn
 
 EACH = 4  # images of a rank and batch
+STEPS = 20
 ALIKE = {"rtol": 1e-9, "atol": 1e-12}  # float64: only the order of sums differs
 
 
@@ -70,7 +71,7 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def train(rank: int, broadcast_buffers: bool, synced: bool, scope: str) -> list[tuple[str, str]]:
-    """50 steps from other vectors, scales and data on each rank; digests of u, v and of W̄ at the start of each.
+    """Steps from other vectors, scales and data on each rank; digests of u, v and of W̄ at the start of each.
     ``scope``: "step", "fuse" or "no"."""
     model = network(rank, torch.float32)
     if scope == "fuse":
@@ -80,7 +81,7 @@ def train(rank: int, broadcast_buffers: bool, synced: bool, scope: str) -> list[
         assert fastsn.sync(ddp) is ddp
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     found = []
-    for i in range(50):
+    for i in range(STEPS):
         real, fake = batches(dist.get_world_size(), torch.float32, i)[rank]
         found.append((digest(model.buffers()), digest(normalised(model))))
         optimizer.zero_grad()

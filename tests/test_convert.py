@@ -500,7 +500,8 @@ def test_the_hook_for_old_keys_can_be_pickled():
 def test_a_compiled_model_is_compiled_anew(wrap):
     torch.compiler.reset()
     x = torch.randn(4, 1, 8, 8)
-    model = used(discriminator(wrap), x)
+    shared = wrap(nn.Conv2d(4, 4, 3, padding=1), n_power_iterations=3)
+    model = used(nn.Sequential(wrap(nn.Conv2d(1, 4, 3)), shared, shared, nn.Flatten(), wrap(nn.Linear(144, 1))), x)
     compiled = torch.compile(model, backend="aot_eager")
     before = compiled.eval()(x)
     assert fastsn.convert(compiled, "ssn", scale=2.0) is compiled  # another scale shows what was run

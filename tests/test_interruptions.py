@@ -23,7 +23,7 @@ from gan.outputs import Outputs
 from gan.run import log_to
 from tiny_runs import arguments, rows, share_classifier, tiny
 
-LONG = {"steps": 40, "eval_every": 4, "checkpoint_every": 6, "n_dis": 2}
+LONG = {"steps": 32, "eval_every": 4, "checkpoint_every": 6, "n_dis": 2}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -40,7 +40,7 @@ def test_killed_and_asked_to_stop_and_resumed_equals_never_stopped(tmp_path, cla
     whole = tiny(tmp_path, classifier_cache, "whole", **LONG)
     args = [*arguments(tmp_path, "stopped", **LONG), "--resume"]
     stopped = tmp_path / "stopped"
-    for number, status, rows_to_see in ((signal.SIGKILL, -signal.SIGKILL, 3), (signal.SIGUSR1, REQUEUE, 6)):
+    for number, status, rows_to_see in ((signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGUSR1, REQUEUE, 5)):
         with command(args) as process:
             deadline = time.monotonic() + 120
             while not (stopped / "metrics.csv").exists() or len(rows(stopped)) < rows_to_see:
@@ -56,8 +56,8 @@ def test_killed_and_asked_to_stop_and_resumed_equals_never_stopped(tmp_path, cla
     tiny(tmp_path, classifier_cache, "stopped", resume=True, **LONG)
     assert rows(stopped) == rows(whole)
     for run in (whole, stopped):
-        assert len(rows(run)) == 10
-    ends = [checkpoint.try_load(checkpoint.of_step(run / "checkpoint", 40)) for run in (whole, stopped)]
+        assert len(rows(run)) == 8
+    ends = [checkpoint.try_load(checkpoint.of_step(run / "checkpoint", 32)) for run in (whole, stopped)]
     for part in ("generator", "discriminator"):
         a, b = (end[part] for end in ends)
         assert all(torch.equal(a[k], b[k]) for k in a)

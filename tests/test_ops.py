@@ -202,8 +202,9 @@ def test_vectors_that_are_not_contiguous_are_updated_too():
 @pytest.mark.parametrize("scale", ["float", "tensor"])
 def test_opcheck(scale):
     c = call([torch.randn(3, 2, 2, 2), torch.randn(2, 3, 2), torch.randn(4, 3)], [0, 1, 0], [3, 3, 1], scale)
-    torch.library.opcheck(ops.power_iteration, (*c.iteration(), 1))
-    torch.library.opcheck(ops.power_iteration_, (*c.iteration(), 1))
+    if scale == "float":  # of which an iteration knows nothing
+        torch.library.opcheck(ops.power_iteration, (*c.iteration(), 1))
+        torch.library.opcheck(ops.power_iteration_, (*c.iteration(), 1))
     sigma, vectors = c.iterate()
     for w in c.weights + c.scales:
         w.requires_grad_()
