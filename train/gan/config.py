@@ -130,10 +130,10 @@ class Runtime:
     log_every: int = 100
     """Steps between points of the scalars."""
     log_gradients: bool = False
-    """Log the norm of dL/dW of every layer of the discriminator, too: 0.01 % of the time of digits.py's steps."""
+    """Log the norm of dL/dW of every layer of the discriminator, too: 0.04 % of the time of digits.py's steps."""
     log_variances: bool = False
-    """Log the variance of every layer's normalized weight, too: 0.04 % of the time of digits.py's steps (CPU time of
-    one thread, with its --log-every 50; the slopes that are always logged take 0.4 %)."""
+    """Log the variance of every layer's normalized weight, too: 0.08 % of the time of digits.py's steps (CPU time of
+    one thread, with its --log-every 50; the slopes that are always logged take 0.7 %)."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints; there is one after the last step too."""
     keep_checkpoints: int = 5
