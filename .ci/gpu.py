@@ -81,8 +81,10 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", f"regex:{KERNELS}"]
     ncu += [*(f"--section={name}" for name in SECTIONS), "--log-file", str(out / "ncu.txt")]
     imagenet = [python, "bench/imagenet_step.py", "--out", str(out / "imagenet_step.json")]
+    methods = [python, "bench/normalization_cost.py", "--out", str(out / "normalization_cost.json")]
     if rehearse:  # without the tools of CUDA
         imagenet += ["--presets", "bsn", "--width", "0.01", "--image-size", "32", "--rounds", "1"]
+        methods += ["--methods", "sn", "--width", "0.02", "--batch-size", "4", "--n-dis", "1", "--rounds", "1"]
         sanitizer, ncu, weights = [], [], "two weights"
         on_the_gpu = ["tests/test_op_errors.py", "-k", "gradients"]
         on_its_machine, bench = (
@@ -101,6 +103,7 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
         2: [
             *prepare,
             Step("a step of ImageNet", 150, imagenet),
+            Step("a step by every method", 60, methods),
             Step("training share", 60, [python, "bench/training_share.py", "--out", str(out / "training_share.json")]),
             Step(
                 "contestants",
