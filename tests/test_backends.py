@@ -194,9 +194,9 @@ def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path):
 
 def test_everything_works_on_the_reference(tmp_path):
     """The op tests, gradients of layers and steps, with the package as it is before anything is built: this is also
-    the test of the ops' rules in Python, which devices without kernels of their own use. What asks for the reference is
-    the same with the kernels, as is what inductor makes of a graph. Over the shape table the reference would be compared
-    with itself: one layout for what it returns."""
+    the test of the ops' rules in Python, which devices without kernels of their own use. What asks for the reference,
+    and what inductor makes of a graph, is the same with the kernels. Over the shape table the reference would be
+    compared with itself: one layout for what it returns."""
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("ops", "op_errors", "layers", "step")]
     folder = bare(tmp_path)
     assert " False " in run(folder, "-c", ASK)
