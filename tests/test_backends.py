@@ -180,26 +180,29 @@ def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path):
     assert " False building them failed: " in run(folder, "-c", ASK)
     environment["CXX"] = "no-such-compiler -x"
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
-    assert " False no C++ compiler, no-such-compiler is not on the PATH. " in run(folder, "-c", ASK)
+    reason = folder / "fastsn" / "_C_missing.txt"
+    assert reason.read_text().startswith("no C++ compiler, no-such-compiler is not on the PATH")
     broken = tmp_path / "broken" / "torch" / "__init__.py"
     broken.parent.mkdir(parents=True)
     broken.write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
     without = {**environment, "PYTHONPATH": str(broken.parent.parent)}
     subprocess.run(command, cwd=folder, env=without, capture_output=True, check=True)
-    assert " False torch could not be imported at the build: libcudart.so.12: cannot" in run(folder, "-c", ASK)
+    assert reason.read_text().startswith("torch could not be imported at the build: libcudart.so.12: cannot")
     environment["FASTSN_WERROR"] = "1"
     assert subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
 
 
 def test_everything_works_on_the_reference(tmp_path):
     """The op tests, gradients of layers and steps, with the package as it is before anything is built: this is also
-    the test of the ops' rules in Python, which devices without kernels of their own use. What inductor makes of a graph
-    is tested with the kernels."""
+    the test of the ops' rules in Python, which devices without kernels of their own use. What asks for the reference,
+    and what inductor makes of a graph, is the same with the kernels. Over the shape table the reference would be
+    compared with itself: one layout for what it returns."""
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("ops", "op_errors", "layers", "step")]
     folder = bare(tmp_path)
     assert " False " in run(folder, "-c", ASK)
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
-    out = run(folder, "-m", "pytest", "-qxc", str(ROOT / "pyproject.toml"), "-k", "not inductor", *plugins, *files)
+    chosen = "not inductor and not reference] and not (shape_table and not channels_last)"
+    out = run(folder, "-m", "pytest", "-qxc", str(ROOT / "pyproject.toml"), "-k", chosen, *plugins, *files)
     assert " passed" in out
 
 
