@@ -21,7 +21,7 @@ from gan.sweep.table import Group, Row
 HERE = Path(__file__).parent
 README = HERE.parents[2] / "README.md"
 BEGIN, END = "<!-- train/results/digits/report.py begin -->", "<!-- train/results/digits/report.py end -->"
-_NAMES = {"sn": "SN", "ssn": "SN", "bsn": "BSSN", "bssn": "BSSN"}
+_NAMES = {"sn": "SSN", "ssn": "SSN", "bsn": "BSSN", "bssn": "BSSN"}
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def scales(rows: Sequence[Row]) -> str:
     found = table.groups(rows)
     columns = sorted({float(g.fields["scale"]) for g in found})
     lines = _head(["digit FID at scale", *(f"{x:g}" for x in columns)])
-    for name in ("SN", "BSSN"):
+    for name in ("SSN", "BSSN"):
         own = {float(g.fields["scale"]): g for g in found if _NAMES[g.fields["norm"]] == name}
         lines.append(_line([name, *(_cell(own[x], "fid") for x in columns)]))
     return "\n".join(lines)
@@ -62,10 +62,10 @@ def settings(rows: Sequence[Row]) -> str:
             return "setting A: 1e-4, β2 0.9, n_dis 5"
         return f"lr of G {_short(of['lr_g'])}, of D {_short(of['lr_d'])}"
 
-    lines = _head(["digit FID", "SN", "BSSN"])
+    lines = _head(["digit FID", "SN", "BSSN, scale 2"])
     for name in dict.fromkeys(setting(g) for g in found):
         own = {_NAMES[g.fields["norm"]]: g for g in found if setting(g) == name}
-        lines.append(_line([name, *(_cell(own[method], "fid") for method in ("SN", "BSSN"))]))
+        lines.append(_line([name, *(_cell(own[method], "fid") for method in ("SSN", "BSSN"))]))
     return "\n".join(lines)
 
 
@@ -74,7 +74,10 @@ def table_2(rows: Sequence[Row]) -> str:
     lines = _head(["method", "digit FID", "digit score"])
     for group in table.groups(rows):
         twice = ", twice the updates" if group.fields["steps"] == "2000" else ""
-        lines.append(_line([f"`{_method(group)}`{twice}", _cell(group, "fid"), _cell(group, "inception_score_mean")]))
+        scale = float(group.fields["scale"])
+        scaled = f", scale {scale:g}" if scale != 1 else ""
+        scores = [_cell(group, score) for score in ("fid", "inception_score_mean")]
+        lines.append(_line([f"`{_method(group)}`{scaled}{twice}", *scores]))
     return "\n".join(lines)
 
 
