@@ -24,7 +24,7 @@ from gan.data.digits import digits as digit_store
 from gan.sweep import grid, overview, plan, state, table
 from gan.sweep.grid import Entry, Grid, product, scaled, seeds, values
 from gan.sweep.state import State
-from tiny_runs import TINY, share_classifier, tiny
+from tiny_runs import TINY, share_classifier, threads, tiny
 
 ROOT = Path(__file__).parent.parent
 SMALL = {**TINY, "steps": 4, "eval_every": 2}
@@ -284,7 +284,8 @@ def test_from_a_killed_sweep_over_a_full_disk_to_the_table(tmp_path, classifier_
     with open(tmp_path / "rows.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["seed"], r["step"]) for r in rows] == [(str(s), step) for s in range(3) for step in ("20", "40")]
-    alone = tiny(tmp_path, classifier_cache, "alone", **{**fields, "seed": 2, "norm": "sn"})
+    with threads(len(os.sched_getaffinity(0))):  # as the slot cpu:1
+        alone = tiny(tmp_path, classifier_cache, "alone", **{**fields, "seed": 2, "norm": "sn"})
     with open(alone / "metrics.csv", newline="") as file:
         assert [x["fid"] for x in csv.DictReader(file)] == [r["fid"] for r in rows if r["seed"] == "2"]
 

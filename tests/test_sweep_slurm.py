@@ -18,7 +18,7 @@ from gan.sweep import grid, overview, plan, slurm, state
 from gan.sweep.state import State
 from sweep_stubs import started, stubs
 from test_sweep import GRID, SMALL
-from tiny_runs import rows, share_classifier, tiny
+from tiny_runs import rows, share_classifier, threads, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,8 @@ def test_an_array_of_real_runs_one_of_which_is_preempted(tmp_path, classifier_ca
     assert "stopped by SIGTERM at step" in (first.folder / "worker.log").read_text()
     assert "continuing from" in (first.folder / "worker.log").read_text()
     assert "continuing from" not in (second.folder / "worker.log").read_text()
-    own = tiny(tmp_path, classifier_cache, "alone", **{**fields, "seed": 0, "norm": "sn"})
+    with threads(1):
+        own = tiny(tmp_path, classifier_cache, "alone", **{**fields, "seed": 0, "norm": "sn"})
     assert rows(own) == rows(first.folder)
 
 

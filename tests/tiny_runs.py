@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import digits
 
@@ -42,6 +46,18 @@ def arguments(runs: Path, name: str, **changes: Any) -> list[str]:
     """The same as a command line."""
     fields = {**TINY, **changes, "name": name, "runs": runs}
     return [str(Path(digits.__file__)), *(x for k, v in fields.items() for x in (f"--{k.replace('_', '-')}", str(v)))]
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads in this process, as OMP_NUM_THREADS gives another: torch adds in another order with another
+    number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def rows(run: Path) -> list[list[str]]:
