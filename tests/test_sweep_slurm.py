@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from submitit.local import debug
 
 import fake_slurm
 import grids
@@ -18,7 +20,7 @@ from gan.sweep import grid, overview, plan, slurm, state
 from gan.sweep.state import State
 from sweep_stubs import started, stubs
 from test_sweep import GRID, SMALL
-from tiny_runs import share_classifier
+from tiny_runs import rows, share_classifier, threads, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +28,26 @@ def _a_slot_for_stubs(monkeypatch):
     monkeypatch.setenv("SLOT", "node")
 
 
+@pytest.fixture(autouse=True)
+def _logs_are_closed(monkeypatch):
+    """submitit's executor for debugging leaves its logs open: what collects them later, in any test, would warn."""
+    opened = []
+
+    class Closed(logging.FileHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            opened.append(self)
+
+    monkeypatch.setattr(debug.logging, "FileHandler", Closed)
+    yield
+    for handler in opened:
+        handler.close()
+
+
 def submit(runs: list[plan.Run], folder: Path, cluster: str = "debug") -> list:
     return slurm.submit(runs, folder / ".sweep" / "submitit", {}, cluster=cluster)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's debugger leaves logs open
 def test_a_job_trains_its_run_and_writes_down_how_it_went(tmp_path, monkeypatch):
     monkeypatch.setattr("pdb.post_mortem", lambda *_: None)  # which that calls
     runs = stubs(tmp_path, [{"seconds": 0}, {"seconds": 0, "how": "crash"}, {"seconds": 0, "how": "asked once"}])
@@ -49,7 +66,6 @@ def test_a_job_trains_its_run_and_writes_down_how_it_went(tmp_path, monkeypatch)
     assert overview.states(runs) == [State.DONE, State.CRASHED, State.STOPPED]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr("pdb.post_mortem", lambda *_: None)
     (run,) = stubs(tmp_path, [{"seconds": 0}])
@@ -77,7 +93,7 @@ def test_what_submitit_refuses_is_one_line(tmp_path, monkeypatch):
 
 def test_an_array_of_real_runs_one_of_which_is_preempted(tmp_path, classifier_cache, monkeypatch, capsys):
     """sbatch starts them, USR2 (the end of a job's time) comes while one trains: it writes a checkpoint and goes back
-    into the queue, and ends."""
+    into the queue, and ends with the scores that it would have had."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder, runs = tmp_path / "grids", tmp_path / "runs"
     folder.mkdir()
@@ -104,6 +120,9 @@ def test_an_array_of_real_runs_one_of_which_is_preempted(tmp_path, classifier_ca
     assert "stopped by SIGTERM at step" in (first.folder / "worker.log").read_text()
     assert "continuing from" in (first.folder / "worker.log").read_text()
     assert "continuing from" not in (second.folder / "worker.log").read_text()
+    with threads(1):
+        own = tiny(tmp_path, classifier_cache, "alone", **{**fields, "seed": 0, "norm": "sn"})
+    assert rows(own) == rows(first.folder)
 
 
 def submitit_process(folder: Path, job: str) -> int:
