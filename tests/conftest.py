@@ -3,6 +3,7 @@ in the place of the C++ kernels. Otherwise on the CPU, as users would, and on th
 """
 
 import os
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -61,6 +62,21 @@ def classifier_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
     classifier.digit_classifier(digits(8), protocols.find("digits").scale, folder)
     return folder
+
+
+@pytest.fixture
+def grid_files(tmp_path, monkeypatch):
+    """A folder whose files are grids of sweeps too, for one test: the next one's file of the same name is read anew."""
+    import grids
+
+    folder = tmp_path / "grids"
+    folder.mkdir()
+    monkeypatch.setattr(grids, "__path__", [*grids.__path__, str(folder)])
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if name.startswith("grids."):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-import grids
 import sweep
 from gan import run
 from gan.data.digits import digits as digit_store
@@ -99,11 +98,10 @@ def test_entries_that_are_no_run(entry, message, tmp_path):
         plan.runs("x", Grid("", ("seed",), [entry]), tmp_path, tmp_path)
 
 
-def test_a_grid_that_does_not_exist_or_exists_twice(monkeypatch, tmp_path):
+def test_a_grid_that_does_not_exist_or_exists_twice(grid_files):
     with pytest.raises(ValueError, match=r"grid must be one of bsn-cnn, .*digits-scales.*, got 'bsn'"):
         grid.find("bsn")
-    (tmp_path / "copied.py").write_text("from grids.digits import GRIDS\n")
-    monkeypatch.setattr(grids, "__path__", [*grids.__path__, str(tmp_path)])
+    (grid_files / "copied.py").write_text("from grids.digits import GRIDS\n")
     with pytest.raises(ValueError, match="must be in one file of train/grids, got another in"):
         grid.known()
 
@@ -238,22 +236,21 @@ GRIDS = {"three": Grid("Three tiny runs", ("norm", "seed"), product("digits", [F
 """
 
 
-def test_from_a_killed_sweep_over_a_full_disk_to_the_table(tmp_path, classifier_cache, monkeypatch, capsys):
+def test_from_a_killed_sweep_over_a_full_disk_to_the_table(tmp_path, classifier_cache, grid_files, monkeypatch, capsys):
     """Real runs: the sweep is killed while the first one trains, the second one meets a full disk, the same line goes
     on to the end, and once more costs nothing."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    folder, runs = tmp_path / "grids", tmp_path / "runs"
-    for made in (folder, runs, tmp_path / "tmp"):
+    runs = tmp_path / "runs"
+    for made in (runs, tmp_path / "tmp"):
         made.mkdir()
     fields = {**SMALL, "steps": 40, "eval_every": 20, "checkpoint_every": 40, "log_every": 5}
-    (folder / "mine.py").write_text(GRID.replace("FIELDS", repr(fields)))
-    monkeypatch.setattr(grids, "__path__", [*grids.__path__, str(folder)])
+    (grid_files / "mine.py").write_text(GRID.replace("FIELDS", repr(fields)))
     share_classifier(classifier_cache, runs)
     first, second, third = plan.runs("three", grid.find("three"), runs, tmp_path)
     run.claim(second.config, digit_store(8), False, torch.device("cpu"))
     (second.folder / "worker.log").symlink_to("/dev/full")
     line = ["run", "three", "--runs", str(runs), "--slots", "cpu:1"]
-    script = [sys.executable, str(ROOT / "tests/with_grids.py"), str(folder), str(ROOT / "train/sweep.py")]
+    script = [sys.executable, str(ROOT / "tests/with_grids.py"), str(grid_files), str(ROOT / "train/sweep.py")]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*script, *line], env=environment, stderr=subprocess.DEVNULL) as killed:
         wait_until(lambda: state.step_of(first.config) > 0 or killed.poll() is not None)

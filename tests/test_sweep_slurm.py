@@ -14,7 +14,6 @@ import pytest
 from submitit.local import debug
 
 import fake_slurm
-import grids
 import sweep
 from gan.sweep import grid, overview, plan, slurm, state
 from gan.sweep.state import State
@@ -91,16 +90,14 @@ def test_what_submitit_refuses_is_one_line(tmp_path, monkeypatch):
     assert slurm.options(["timeout_min=60", "slurm_partition=gpu"]) == {"timeout_min": 60, "slurm_partition": "gpu"}
 
 
-def test_an_array_of_real_runs_one_of_which_is_preempted(tmp_path, classifier_cache, monkeypatch, capsys):
+def test_an_array_of_real_runs_one_of_which_is_preempted(tmp_path, classifier_cache, grid_files, monkeypatch, capsys):
     """sbatch starts them, USR2 (the end of a job's time) comes while one trains: it writes a checkpoint and goes back
     into the queue, and ends with the scores that it would have had."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder, runs = tmp_path / "grids", tmp_path / "runs"
-    folder.mkdir()
+    runs = tmp_path / "runs"
     runs.mkdir()
     fields = {**SMALL, "steps": 60, "eval_every": 60, "checkpoint_every": 60, "log_every": 1}
-    (folder / "mine.py").write_text(GRID.replace("FIELDS", repr(fields)))
-    monkeypatch.setattr(grids, "__path__", [*grids.__path__, str(folder)])
+    (grid_files / "mine.py").write_text(GRID.replace("FIELDS", repr(fields)))
     share_classifier(classifier_cache, runs)
     for name, value in {**fake_slurm.install(tmp_path / "slurm"), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
