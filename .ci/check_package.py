@@ -84,7 +84,7 @@ class Environment:
 
 def names(folder: str, *suffixes: str) -> set[str]:
     """The files of the sources with one of these endings."""
-    return {f"{folder}/{p.name}" for p in (ROOT / folder).iterdir() if p.suffix in suffixes}
+    return {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
 
 
 def check(what: str, found: set[str], wanted: set[str], unwanted: tuple[str, ...]) -> None:
@@ -102,7 +102,7 @@ def built() -> tuple[Path, Path]:
         old.unlink()
     subprocess.run([sys.executable, "-m", "build", "--outdir", dist, ROOT], env=ENVIRONMENT, check=True)
     (archive,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
-    code = names("fastsn", ".py", ".typed") | names("fastsn/kernels", ".py") | {"fastsn/py.typed"}
+    code = names("fastsn", ".py", ".typed")
     with tarfile.open(archive) as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
     sources = names("csrc", ".cpp", ".h") | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}

@@ -75,7 +75,7 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     raw, suite = str(out / "raw.json"), str(out / "suite.json")
     # One that is interrupted has not used its fixture, which is no error.
     quiet = ["-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"]
-    bench = [f"bench/test_{name}.py" for name in ("normalisation", "training_step", "growth")]
+    bench = [f"bench/test_{name}.py" for name in ("normalization", "training_step", "growth")]
     weights = "the table"
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", f"regex:{KERNELS}"]

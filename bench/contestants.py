@@ -1,4 +1,4 @@
-"""Who is compared. Each normalises the same layers by a parametrization that keeps _u, _v (and _u_in, _v_in)."""
+"""Who is compared. Each normalizes the same layers by a parametrization that keeps _u, _v (and _u_in, _v_in)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Forward = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True)
 class Contestant:
-    """How each layer is normalised, and how the weights of all of them are asked for."""
+    """How each layer is normalized, and how the weights of all of them are asked for."""
 
-    normalise: Callable[[nn.Module], nn.Module]
+    normalize: Callable[[nn.Module], nn.Module]
     ask: Callable[[nn.ModuleList], Forward]
     bssn: bool = True
     compiled: bool = False
@@ -35,8 +35,8 @@ class Contestant:
         return SCALE if self.bssn else 1.0
 
     def prepare(self, plain: nn.ModuleList) -> tuple[nn.ModuleList, Forward]:
-        """Normalised copies of the layers, and the function that returns their weights."""
-        layers = nn.ModuleList([self.normalise(layer) for layer in copy.deepcopy(plain)])
+        """Normalized copies of the layers, and the function that returns their weights."""
+        layers = nn.ModuleList([self.normalize(layer) for layer in copy.deepcopy(plain)])
         return layers, self.ask(layers)
 
 

@@ -34,8 +34,8 @@ from measure import DEVICE, Step, seconds
 from workloads import CIFAR10, WORKLOADS, Workload, build, conv2d
 
 from fastsn import ops
-from fastsn.kernels import launch, settings
-from fastsn.kernels.settings import Settings
+from fastsn.triton import launch, settings
+from fastsn.triton.settings import Settings
 from interpreted import kernels
 from op_calls import call
 

@@ -44,7 +44,7 @@ def check(
 ) -> None:
     """One iteration from random vectors, the weight and the gradient that belong to it; then the true norms."""
     layers.train()
-    starts = [_randomise(layer) for layer in layers]
+    starts = [_randomize(layer) for layer in layers]
     weights = forward()
     torch.autograd.backward(weights, list(gradients))
     for layer, start, w, g in zip(layers, starts, weights, gradients, strict=True):
@@ -67,7 +67,7 @@ def _vectors(layer: nn.Module) -> dict[str, Tensor]:
     return {k: x.clone() for k, x in layer.parametrizations.weight[0].named_buffers()}
 
 
-def _randomise(layer: nn.Module) -> dict[str, Tensor]:
+def _randomize(layer: nn.Module) -> dict[str, Tensor]:
     """New unit vectors, far from the singular ones: an iteration that is skipped, or done twice, then shows."""
     for vector in layer.parametrizations.weight[0].buffers():
         vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
@@ -75,7 +75,7 @@ def _randomise(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_one_step(
-    contestant: Contestant, layer: nn.Module, start: dict[str, Tensor], normalised: Tensor, gradient: Tensor
+    contestant: Contestant, layer: nn.Module, start: dict[str, Tensor], normalized: Tensor, gradient: Tensor
 ) -> None:
     chain = layer.parametrizations.weight
     original, found = chain.original, _vectors(layer)
@@ -94,17 +94,17 @@ def _check_one_step(
         outer = outer.to(product.device) + product.reshape(weight.shape) / len(views)
     sigma = torch.stack(sigmas).mean()
     expected = c * weight / sigma
-    _close(normalised, expected, "weight")
+    _close(normalized, expected, "weight")
     g = gradient.double()
     _close(original.grad, c / sigma * g - (g * expected).sum() / sigma * outer, "gradient")
     original.grad = None
 
 
 def _check_norms(contestant: Contestant, layers: nn.ModuleList, found: Sequence[Tensor], norms: list[Norms]) -> None:
-    for layer, normalised, true in zip(layers, found, norms, strict=True):
+    for layer, normalized, true in zip(layers, found, norms, strict=True):
         sigma = sum(true) / len(true) if contestant.bssn else true[0]
         _close(
-            normalised, contestant.scale / sigma * layer.parametrizations.weight.original.detach(), "normalised weight"
+            normalized, contestant.scale / sigma * layer.parametrizations.weight.original.detach(), "normalized weight"
         )
 
 

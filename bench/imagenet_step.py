@@ -1,7 +1,7 @@
 """A training step of train/imagenet.py on synthetic images: python bench/imagenet_step.py --out OUT.json [--compile]
 
 The presets bsn and sngan-projection at full width, on a GPU where there is one, in float32 (TF32) and bf16: images per
-second of the discriminator's batches, peak memory, and what normalising adds: none, torch's spectral norm, SN and BSSN
+second of the discriminator's batches, peak memory, and what normalizing adds: none, torch's spectral norm, SN and BSSN
 of fastsn. Networks are too large to take turns in memory: each has its rounds by itself, "none" before and after all
 others, which shows how far the machine has drifted. First SN is checked to give the scores that torch's gives.
 """

@@ -43,7 +43,7 @@ def _figure(result: dict[str, Any]) -> Figure:
     _growth(sizes, [x for x in growth if x["axis"] == "bytes"], "one square weight")
     ticks = sorted({x["value"] for x in growth if x["axis"] == "bytes"})
     sizes.set_xticks(ticks, [_bytes(x) for x in ticks])
-    figure.suptitle(f"Normalising all weights, forward + backward ({report.provenance(result)})", fontsize=10)
+    figure.suptitle(f"Normalizing all weights, forward + backward ({report.provenance(result)})", fontsize=10)
     return figure
 
 

@@ -31,7 +31,7 @@ def reduced(raw: dict[str, Any]) -> dict[str, Any]:
 def by_workload(result: dict[str, Any], case: str = "forward_and_backward") -> dict[str, dict[str, dict[str, Any]]]:
     """{workload: {contestant: figures}} of a case, in the order of the file."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for figures in result["results"].get("normalisation", []):
+    for figures in result["results"].get("normalization", []):
         if figures["case"] == case:
             found.setdefault(figures["workload"], {})[figures["contestant"]] = figures
     return found
@@ -71,12 +71,12 @@ def table(result: dict[str, Any], name: str) -> str:
 
 
 def _training(steps: dict[str, dict[str, Any]]) -> str:
-    """What normalisation adds to each step without it."""
+    """What normalization adds to each step without it."""
     batch = next(iter(steps.values()))["batch"]
     parts = []
     for plain in dict.fromkeys(figures["plain"] for figures in steps.values()):
         who = {name: figures for name, figures in steps.items() if figures["plain"] == plain and name != plain}
-        costs = ", ".join(f"{name} {_short(figures['normalisation_ms'])}" for name, figures in who.items())
+        costs = ", ".join(f"{name} {_short(figures['normalization_ms'])}" for name, figures in who.items())
         parts.append(f"{plain} {_short(steps[plain]['step_ms'])} ms, to which {costs} ms are added")
     return f"A whole training step of the CIFAR10 CNN, {batch} real and {batch} fake images: {'; '.join(parts)}."
 

@@ -24,7 +24,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skipif(DEVICE.type != "cpu" or not CLEAR.exists(), reason="test_normalisation.py measures it on a GPU"),
+    pytest.mark.skipif(DEVICE.type != "cpu" or not CLEAR.exists(), reason="test_normalization.py measures it on a GPU"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What normalisation adds to a whole training step of the CIFAR10 discriminator: hinge loss, backward, Adam."""
+"""What normalization adds to a whole training step of the CIFAR10 discriminator: hinge loss, backward, Adam."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fastsn
 
-PLAIN, PLAIN_COMPILED = "no normalisation", "no normalisation, compiled"
+PLAIN, PLAIN_COMPILED = "no normalization", "no normalization, compiled"
 PER_LAYER = "fastsn BSSN per layer"
-# Who it is -> how its layers are normalised (None: not at all), and what it is compared with.
+# Who it is -> how its layers are normalized (None: not at all), and what it is compared with.
 STEPS: dict[str, tuple[str | None, str]] = {
     PLAIN: (None, PLAIN),
     BASELINE: (BASELINE, PLAIN),
@@ -52,7 +52,7 @@ def _step(name: str) -> Step:
     contestant, plain = STEPS[name]
     layers = workloads.build(workloads.CIFAR10, DEVICE)
     if contestant is not None:
-        layers = nn.ModuleList([CONTESTANTS[contestant].normalise(layer) for layer in layers])
+        layers = nn.ModuleList([CONTESTANTS[contestant].normalize(layer) for layer in layers])
     model = Discriminator(layers)
     if "fused" in name:
         fastsn.fuse(model)
@@ -96,8 +96,8 @@ def test_training_step(benchmark, name):
         "plain": plain,
         "batch": BATCH,
         "step_ms": statistics.median(found for found, _ in pairs) * 1e3,
-        # Round by round, because a step varies by more than normalisation costs.
-        "normalisation_ms": statistics.median(found - without for found, without in pairs) * 1e3,
+        # Round by round, because a step varies by more than normalization costs.
+        "normalization_ms": statistics.median(found - without for found, without in pairs) * 1e3,
         "rounds": len(pairs),
     }
     benchmark.pedantic(_steps()[name], rounds=3, warmup_rounds=1)

@@ -1,7 +1,7 @@
 """What a training step takes beside its networks: python bench/training_share.py --out OUT.json
 
 The CNN of CIFAR10 at width 1, batch 64, one step of either network, three ways in turns: plain networks (forwards,
-backwards and Adam on tensors that are there, no normalisation), the same with BSSN, and the engine's whole step from
+backwards and Adam on tensors that are there, no normalization), the same with BSSN, and the engine's whole step from
 images in memory, with random numbers, labels, schedule of u and v and losses. First the last two are checked to give
 the same weights.
 """
@@ -107,7 +107,7 @@ def main() -> None:
             times[name].append(timed(step))
     medians = {name: statistics.median(found) for name, found in times.items()}
     shares = {
-        "normalisation_percent": 100 * (medians["networks with BSSN"] / medians["plain networks"] - 1),
+        "normalization_percent": 100 * (medians["networks with BSSN"] / medians["plain networks"] - 1),
         "engine_percent": 100 * (medians["whole step"] / medians["networks with BSSN"] - 1),
     }
     rows = [{"contestant": name, "interleaved_median_ms": round(1e3 * x, 2)} for name, x in medians.items()]

@@ -1,4 +1,4 @@
-"""The weights that are normalised in the benchmarks: one table, a reason beside every row."""
+"""The weights that are normalized in the benchmarks: one table, a reason beside every row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Layer = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Workload:
-    """The layers of a network that are normalised, and why they are measured."""
+    """The layers of a network that are normalized, and why they are measured."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -76,7 +76,7 @@ WORKLOADS = (
                 *((512, 256, 3), (256, 128, 3), (128, 64, 3), (64, 64, 3), (64, 64, 3)),
             )
         ),
-        "UNetDiscriminatorSN, the SN network with the most users; its first and last layer are not normalised",
+        "UNetDiscriminatorSN, the SN network with the most users; its first and last layer are not normalized",
     ),
     Workload(
         "HiFi-GAN scale D",

@@ -53,7 +53,7 @@ void divide(const A* x, int64_t n, double by, A* out) {
 
 enum Half { kLocal = 1, kAccumulate = 2 };
 
-// One weight in work. p, q, x, z as in kernels.h; *_unit are the normalised vectors, in the call's flat result.
+// One weight in work. p, q, x, z as in kernels.h; *_unit are the normalized vectors, in the call's flat result.
 template <class A>
 struct Job {
   const Weight* weight;

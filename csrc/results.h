@@ -41,7 +41,7 @@ struct Result {
   void finish(int64_t dim) const;
 };
 
-// Uninitialised, with the strides of `like` where it is dense. Brings the weight into an arrangement that both can have.
+// Uninitialized, with the strides of `like` where it is dense. Brings the weight into an arrangement that both can have.
 Result result(const at::Tensor& like, Weight& w, at::ScalarType dtype);
 
 }  // namespace fastsn

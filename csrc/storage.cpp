@@ -36,7 +36,7 @@ class Recycler final : public c10::Allocator {
     Block* block = taken(size);
     if (block == nullptr) {
       void* const data = std::aligned_alloc(kHugePage, size);
-      TORCH_CHECK(data != nullptr, "out of memory: ", size, " bytes for a normalised weight or its gradient");
+      TORCH_CHECK(data != nullptr, "out of memory: ", size, " bytes for a normalized weight or its gradient");
 #ifdef MADV_HUGEPAGE
       madvise(data, size, MADV_HUGEPAGE);  // advice: without it everything works, in smaller pages
 #endif

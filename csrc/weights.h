@@ -143,7 +143,7 @@ A* target(const at::Tensor& tensor, int64_t offset, A* buffer);
 template <class A>
 void narrowed(const at::Tensor& tensor, int64_t offset, int64_t n, const A* buffer);
 
-// An uninitialised tensor like this one (strides kept where it is dense) in memory of storage.cpp.
+// An uninitialized tensor like this one (strides kept where it is dense) in memory of storage.cpp.
 at::Tensor fresh_like(const at::Tensor& tensor, at::ScalarType dtype);
 
 }  // namespace fastsn

@@ -1,9 +1,9 @@
-"""fastsn: spectral normalisation (SN, SSN, BSN, BSSN) for PyTorch."""
+"""fastsn: spectral normalization (SN, SSN, BSN, BSSN) for PyTorch."""
 
 from fastsn.backends import Backend, backends
-from fastsn.checkpoints import convert_state_dict
-from fastsn.convert import convert
-from fastsn.gpu import register as _register
+from fastsn.distributed import copy_vectors, sync
+from fastsn.interop.convert import convert
+from fastsn.interop.state_dict import convert_state_dict
 from fastsn.layers import (
     BSNConv1d,
     BSNConv2d,
@@ -39,16 +39,16 @@ from fastsn.layers import (
     SSNLinear,
 )
 from fastsn.memory import release_memory
-from fastsn.model import Sigmas, advance, fold, sigmas, warm_up
+from fastsn.model.scopes import fuse, step
+from fastsn.model.tools import Sigmas, advance, fold, sigmas, warm_up
 from fastsn.norm import SpectralNorm
+from fastsn.ops import cuda as _cuda
 from fastsn.parametrize import spectral_norm
-from fastsn.replicas import copy_vectors, sync
-from fastsn.scopes import fuse, step
 from fastsn.variants import VARIANTS
 
 __version__ = "0.1.0"
 
-_register()
+_cuda.register()
 
 __all__ = [
     "BSNConv1d",

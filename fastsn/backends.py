@@ -62,7 +62,7 @@ def chosen(impl: str, weight: Tensor) -> str:
         if kernels is None or weight.dtype not in _DTYPES[kernels] or transformed():
             return "reference"
         if kernels == "triton" and torch.version.hip is not None:
-            return "reference"  # see fastsn/kernels/shared.py, last_to_arrive
+            return "reference"  # see fastsn/triton/shared.py, last_to_arrive
         if _serves(kernels, device.index or 0):
             return kernels
         if kernels == "cpp":

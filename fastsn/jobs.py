@@ -1,4 +1,4 @@
-"""Weights to normalise, in lists: who computes them, and one call of the ops for all that one call can take."""
+"""Weights to normalize, in lists: who computes them, and one call of the ops for all that one call can take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastsn.reference import Vectors
 
 
 class Job(NamedTuple):
-    """One weight to normalise, and how."""
+    """One weight to normalize, and how."""
 
     weight: Tensor
     dim: int
@@ -27,7 +27,7 @@ class Job(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """The vectors that a weight was normalised with: private copies, which the next forward does not overwrite."""
+    """The vectors that a weight was normalized with: private copies, which the next forward does not overwrite."""
 
     made_with: Vectors | _Batch
     position: int = 0
@@ -51,7 +51,7 @@ class _Batch(NamedTuple):
     flat: Tensor
 
 
-class Normalised(NamedTuple):
+class Normalized(NamedTuple):
     """W̄, and what it was made with."""
 
     weight: Tensor
@@ -69,11 +69,11 @@ def saveable(scale: Tensor) -> Tensor:
     return scale if scale.requires_grad or not torch.is_grad_enabled() else scale.clone()
 
 
-def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
+def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalized]:
     """Iterate ``n`` times, ``store`` the vectors, rescale: one call of each op for all jobs of a device and width."""
     if len(jobs) == 1:
         return _RUN[chosen(jobs[0].impl, jobs[0].weight)](jobs, n, store)
-    results: dict[int, Normalised] = {}
+    results: dict[int, Normalized] = {}
     for impl, places in _calls(jobs):
         results |= zip(places, _RUN[impl]([jobs[i] for i in places], n, store), strict=True)
     return [results[i] for i in range(len(jobs))]
@@ -113,7 +113,7 @@ def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor
     return [job.weight for job in jobs], u, v, [job.dim for job in jobs], bits
 
 
-def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
+def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalized]:
     lists = _lists(jobs)
     sigma, vectors = (ops.power_iteration_ if store and n else ops.power_iteration)(*lists, n)
     tensors: list[Tensor] = []
@@ -132,10 +132,10 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
     outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
     batch = _Batch([job.vectors for job in jobs], vectors)
     own = [w if requires_grad(job.weight, job.scale) else w.detach() for w, job in zip(outputs, jobs, strict=True)]
-    return [Normalised(w, Fixed(batch, i)) for i, w in enumerate(own)]
+    return [Normalized(w, Fixed(batch, i)) for i, w in enumerate(own)]
 
 
-def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]:
+def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalized]:
     vectors = _iterate_reference(jobs, n, store)
     with no_autocast(jobs[0].weight):
         # Widened once: the parts of a half-precision gradient are added up before it is rounded.
@@ -143,7 +143,7 @@ def _run_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Normalised]
         sigmas = reference.sigmas([views.as_oik(w, job.dim) for w, job in zip(weights, jobs, strict=True)], vectors)
         scales = [saveable(job.scale) if isinstance(job.scale, Tensor) else job.scale for job in jobs]
         outputs = reference.rescale(weights, sigmas, scales, [job.dtype for job in jobs])
-    return [Normalised(w, Fixed(made_with)) for w, made_with in zip(outputs, vectors, strict=True)]
+    return [Normalized(w, Fixed(made_with)) for w, made_with in zip(outputs, vectors, strict=True)]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""{SN, SSN, BSN, BSSN} x {Linear, Conv1-3d, ConvTranspose1-3d, Embedding}: torch's layers with a normalised weight.
+"""{SN, SSN, BSN, BSSN} x {Linear, Conv1-3d, ConvTranspose1-3d, Embedding}: torch's layers with a normalized weight.
 
 Each class is a subclass of the torch layer with the same arguments plus ``scale``, ``n_power_iterations``, ``eps`` and
-``scale_bias``. The parameter stays ``weight`` (not normalised: what ``nn.init`` and optimizers expect); the child
+``scale_bias``. The parameter stays ``weight`` (not normalized: what ``nn.init`` and optimizers expect); the child
 ``spectral_norm`` holds u and v.
 """
 
@@ -36,7 +36,7 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
 _EQUATIONS = {("out",): r"W / \sigma_{out}", ("out", "in"): r"W / ((\sigma_{out} + \sigma_{in})/2)"}
 
 
-class Normalised(nn.Module):
+class NormalizedLayer(nn.Module):
     """What the layers share: a SpectralNorm for ``weight`` beside the arguments of the torch layer."""
 
     variant: ClassVar[str]
@@ -89,11 +89,11 @@ class Normalised(nn.Module):
             source=row.source,
         )
         # help() and editors show torch's arguments and ours, not *args and **kwargs.
-        own = [p for p in inspect.signature(Normalised.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        own = [p for p in inspect.signature(NormalizedLayer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
         torchs = list(inspect.signature(cls.plain.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(torchs + own)  # type: ignore[attr-defined]
 
-    def normalised(self) -> tuple[Tensor, Tensor | None]:
+    def normalized(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias that forward uses. In training mode this is a use: the vectors advance."""
         bias: Tensor | None = getattr(self, "bias", None)
         if self.scale_bias and bias is not None:
@@ -127,20 +127,20 @@ def after_loading(layer: Any, keys: Any) -> None:
 # The families below are always joined with a torch layer, whose attributes they read: hence self: Any.
 
 
-class _Linear(Normalised):
+class _Linear(NormalizedLayer):
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, *self.normalised())
+        return F.linear(input, *self.normalized())
 
 
-class _Conv(Normalised):
+class _Conv(NormalizedLayer):
     def forward(self: Any, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, *self.normalised())
+        output: Tensor = self._conv_forward(input, *self.normalized())
         return output
 
 
-class _ConvTranspose(Normalised):
+class _ConvTranspose(NormalizedLayer):
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        weight, bias = self.normalised()
+        weight, bias = self.normalized()
         positions = weight.ndim - 2
         convolve: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[positions - 1]
         extra = self._output_padding(
@@ -150,18 +150,18 @@ class _ConvTranspose(Normalised):
         return output
 
 
-class _Embedding(Normalised):
+class _Embedding(NormalizedLayer):
     follows_autocast = False  # autocast leaves a lookup in the weight's own dtype
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.max_norm is not None:
-            raise ValueError(f"max_norm must be None, got {self.max_norm}: it would overwrite the normalised rows")
+            raise ValueError(f"max_norm must be None, got {self.max_norm}: it would overwrite the normalized rows")
         if self.sparse:
             raise ValueError("sparse must be False, got True: the gradient of a norm touches every row")
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        weight, _ = self.normalised()
+        weight, _ = self.normalized()
         return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 

@@ -10,7 +10,7 @@ from fastsn.backends import backends
 def release_memory() -> int:
     """Give the CPU memory of earlier results back to the system; returns how many bytes.
 
-    The C++ kernels keep the memory of large normalised weights and gradients that nobody holds any more for the next
+    The C++ kernels keep the memory of large normalized weights and gradients that nobody holds any more for the next
     step: at most as much as was in use at once, and none that 512 later results have not needed. Call this when a model
     is gone and its memory is wanted elsewhere. Results that are still held stay as they are. On a GPU, results are of
     torch's own allocator: ``torch.cuda.empty_cache()``.

@@ -1,4 +1,4 @@
-"""SpectralNorm: the state (u, v of each view) of one normalised weight, and the policy of when that state moves.
+"""SpectralNorm: the state (u, v of each view) of one normalized weight, and the policy of when that state moves.
 
 Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametrization; both call ``norm(weight)``.
 """
@@ -17,7 +17,7 @@ from fastsn import checks, jobs, loading, reference, serving, variants, views
 from fastsn.backends import available, chosen
 from fastsn.exporting import refuse_onnx
 from fastsn.holds import Holds
-from fastsn.jobs import Job, Normalised
+from fastsn.jobs import Job, Normalized
 from fastsn.reference import Sigmas, Vectors
 from fastsn.serving import Hold
 
@@ -27,7 +27,7 @@ _BUFFERS = {"out": ("_u", "_v"), "in": ("_u_in", "_v_in")}
 
 
 class SpectralNorm(nn.Module):
-    r"""Normalises one weight: ``norm(weight)`` returns :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
+    r"""Normalizes one weight: ``norm(weight)`` returns :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
 
     In training mode every call first runs ``n_power_iterations`` rounds of :math:`u \leftarrow M v / \|M v\|`,
     :math:`v \leftarrow M^H u / \|M^H u\|` on each view and stores u and v in place; in evaluation nothing moves. The
@@ -39,7 +39,7 @@ class SpectralNorm(nn.Module):
         n_power_iterations: rounds per use in training mode, at least 1.
         dim: the dimension of output channels.
         eps: floor of the norm of a 1-D weight, as in torch. A weight with more dimensions needs none: its vectors are
-            normalised exactly at any size, and a zero vector is not stored.
+            normalized exactly at any size, and a zero vector is not stored.
         variant: "sn", "ssn", "bsn" or "bssn", see ``fastsn.variants``.
         scale: the constant c of "ssn" and "bssn": a float, a tensor of one element, or a Parameter, which is learnt
             and may be shared between norms.
@@ -117,7 +117,7 @@ class SpectralNorm(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The normalised weight: same shape and strides, same dtype (or autocast's). Iterates in training mode."""
+        """The normalized weight: same shape and strides, same dtype (or autocast's). Iterates in training mode."""
         if getattr(weight, "ndim", None) != self.ndim:
             weight = checks.weight(weight, "weight")
             raise ValueError(f"weight must have {self.ndim} dimensions as at construction, got {weight.ndim}")
@@ -129,9 +129,9 @@ class SpectralNorm(nn.Module):
             return hold.serve(weight, self.scale, self._out_dtype(weight))
         checks.weight(weight, "weight")
         job, begin = self.job(weight), serving.nodes()
-        normalised = jobs.normalize([job], self.rounds(), self.training)[0]
-        self.holds.remember(normalised.fixed, job, begin)
-        return normalised.weight
+        normalized = jobs.normalize([job], self.rounds(), self.training)[0]
+        self.holds.remember(normalized.fixed, job, begin)
+        return normalized.weight
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """scale * tensor, in the tensor's dtype."""
@@ -151,7 +151,7 @@ class SpectralNorm(nn.Module):
         return self.n_power_iterations if self.training else 0
 
     def job(self, weight: Tensor) -> Job:
-        """The weight with everything that normalises it, in the dtype that is asked for now."""
+        """The weight with everything that normalizes it, in the dtype that is asked for now."""
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             refuse_onnx(weight, self.impl, self.training)
         scale = self.scale
@@ -197,11 +197,11 @@ class SpectralNorm(nn.Module):
             vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
             jobs.iterate([Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl)], iterations)
 
-    def hold(self, normalised: Normalised, job: Job, begin: int, shared: bool) -> Callable[[], None]:
+    def hold(self, normalized: Normalized, job: Job, begin: int, shared: bool) -> Callable[[], None]:
         """Serve every later use from these vectors without iterating, until the returned function is called: this W̄
         while it is right, one made anew where it is not. The newest hold counts; holds may end in any order.
         ``begin``: ``serving.nodes()`` before it was made; ``shared``: see ``Holds``."""
-        hold = Hold(normalised.fixed, job, begin, normalised.weight)
+        hold = Hold(normalized.fixed, job, begin, normalized.weight)
         self.holds.open(hold, shared)
         return lambda: self.holds.close(hold)
 

@@ -15,9 +15,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastsn import checks, views
-from fastsn.initialising import initialisable
+from fastsn.initialization import initializable
+from fastsn.model.sites import evaluated
 from fastsn.norm import SpectralNorm
-from fastsn.sites import evaluated
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -33,7 +33,7 @@ def spectral_norm(
     scale: float | Tensor = 1.0,
     impl: str = "auto",
 ) -> Module:
-    r"""Normalise a tensor of a module by a parametrization: :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
+    r"""Normalize a tensor of a module by a parametrization: :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
 
     With the default variant this is torch's ``parametrizations.spectral_norm``: same arguments, same random draws, same
     numbers, same state-dict keys (``parametrizations.weight.original``, ``parametrizations.weight.0._u``, ``._v``), so
@@ -90,12 +90,12 @@ def spectral_norm(
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
     brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
-    initialisable(module)
+    initializable(module)
     return module
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    """The tensor that is to be normalised. Says what to do where another norm is there already."""
+    """The tensor that is to be normalized. Says what to do where another norm is there already."""
     kind = type(module).__name__
     chains = list(module.values()) if isinstance(module, nn.ModuleDict) else [module]
     if chains and all(isinstance(chain, ParametrizationList | SpectralNorm) for chain in chains):

@@ -4,7 +4,7 @@ A weight is an array (O, I, K), any strides, and each of its views (``fastsn.vie
 
     power iteration, n times    u <- M v / |M v|,  v <- M^H u / |M^H u|  (a zero or non-finite vector is not taken)
     sigma of a view             u^H M v   (with u, v held constant: d sigma / dM = u v^H)
-    normalised weight           W̄ = scale * W / mean(sigma of its views)
+    normalized weight           W̄ = scale * W / mean(sigma of its views)
 
 Everything works on lists, one entry per weight; nothing here mutates its inputs or waits for the device. Sources:
 Miyato et al., "Spectral Normalization for GANs", ICLR 2018, section 2.1 and appendix A (the iteration); Lin, Sekar,
@@ -62,34 +62,41 @@ def power_iteration(
     vectors: Sequence[Vectors],
     n_power_iterations: int = 1,
     gradient: str = "fixed",
+    v_first: Sequence[bool] | None = None,
 ) -> list[Vectors]:
     """The vectors after ``n_power_iterations`` rounds on every view, as new tensors.
 
     Args:
         weights: (O, I, K) each.
         vectors: per weight, view -> (u, v); their keys say which views are iterated.
+        v_first: per weight, whether a round is v <- M^H u / |M^H u|, then u <- M v / |M v|, as in
+            ``torch.nn.utils.spectral_norm``; default: no.
         gradient: "fixed" holds u and v constant (torch, Miyato); "through" lets autograd differentiate the iteration,
             as the BSN authors' own code does. Both agree once the iteration has converged.
     """
     if gradient not in ("fixed", "through"):
         raise ValueError(f"gradient must be 'fixed' or 'through', got {gradient!r}")
+    orders = [False] * len(weights) if v_first is None else v_first
     with torch.set_grad_enabled(gradient == "through" and torch.is_grad_enabled()):
         return [
-            {view: _iterate(matrix(w, view), u, v, n_power_iterations) for view, (u, v) in state.items()}
-            for w, state in zip(weights, vectors, strict=True)
+            {view: _iterate(matrix(w, view), u, v, n_power_iterations, order) for view, (u, v) in state.items()}
+            for w, state, order in zip(weights, vectors, orders, strict=True)
         ]
 
 
-def _iterate(m: Tensor, u: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _iterate(m: Tensor, u: Tensor, v: Tensor, n: int, v_first: bool) -> tuple[Tensor, Tensor]:
     u, v = u.to(m.dtype), v.to(m.dtype)
     for _ in range(n):
+        if v_first:
+            v = unit(torch.mv(m.mH, u), v)
         u = unit(torch.mv(m, v), u)
-        v = unit(torch.mv(m.mH, u), v)
+        if not v_first:
+            v = unit(torch.mv(m.mH, u), v)
     return u, v
 
 
 def sigmas(weights: Sequence[Tensor], vectors: Sequence[Vectors]) -> list[Sigmas]:
-    """u^H M v of every view, differentiable in the weight. Right after an iteration it equals |M^H u|."""
+    """u^H M v of every view, differentiable in the weight. Right after an iteration it equals |M^H u|, or |M v| where v came first."""
     return [
         {view: _sigma(matrix(w, view), u, v) for view, (u, v) in state.items()}
         for w, state in zip(weights, vectors, strict=True)

@@ -1,4 +1,4 @@
-"""What fixed vectors serve: one normalised weight for all uses in a step, and the same one again when backward runs a
+"""What fixed vectors serve: one normalized weight for all uses in a step, and the same one again when backward runs a
 checkpointed region once more."""
 
 from __future__ import annotations

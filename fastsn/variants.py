@@ -1,4 +1,4 @@
-"""The members of the spectral normalisation family, as rows of one table.
+"""The members of the spectral normalization family, as rows of one table.
 
 Every variant divides a weight W by the mean of the spectral norms of its views and multiplies by a scale c::
 

@@ -1,7 +1,7 @@
 """How a weight of any layer is seen as (O, I, K): output channels, input channels per group, kernel positions.
 
 Nothing is copied where strides can say it: a channels_last or sliced weight is read where it lies. Two matrices share
-the array (design: section 2):
+the array:
 
 ===== ========== ================ ==================================================
 view  shape      state (u, v)     its norm is that of

@@ -22,9 +22,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsn.kernels import power_iteration, rescale
-from fastsn.kernels.arrangement import arrangement
-from fastsn.kernels.settings import DEFAULT, vector_width
+from fastsn.triton import power_iteration, rescale
+from fastsn.triton.arrangement import arrangement
+from fastsn.triton.settings import DEFAULT, vector_width
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

@@ -16,7 +16,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 class UNetDiscriminator(nn.Module):
     """Real-ESRGAN (Wang et al., 2021): a logit for each pixel. Down three times, up again, with skip connections. All
-    convolutions but the first and the last are normalised and have no bias."""
+    convolutions but the first and the last are normalized and have no bias."""
 
     def __init__(self, channels: int = 3, width: int = 64) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class RandomFeatureGaussianProcess(nn.Module):
 
 
 class SNGPClassifier(nn.Module):
-    """SNGP (Liu et al., 2020): a residual network whose hidden layers are normalised, so that distances survive, and a
+    """SNGP (Liu et al., 2020): a residual network whose hidden layers are normalized, so that distances survive, and a
     Gaussian process on top. Logits in training; in evaluation their variance too, larger far from the data."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Layers that are spectrally normalised as other packages do it, and one way to build and use those of all layouts."""
+"""Layers that are spectrally normalized as other packages do it, and one way to build and use those of all layouts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RowNorm(nn.Module):
         self.register_buffer(sigma, torch.ones(1))
 
     @torch.no_grad()
-    def normalised(self) -> Tensor:
+    def normalized(self) -> Tensor:
         u, stored = (getattr(self, name) for name in self.names)
         w = self.weight.view(self.weight.size(0), -1)
         v = F.normalize(u @ w)
@@ -50,7 +50,7 @@ WITH_V = {
 
 
 def build(layout: str, case: Case, **kwargs: object) -> nn.Module:
-    """The case's layer, normalised as those who write this layout do it."""
+    """The case's layer, normalized as those who write this layout do it."""
     if layout in WITH_V:
         return WITH_V[layout](case, **kwargs)
     plain = getattr(nn, case.layer)
@@ -60,9 +60,9 @@ def build(layout: str, case: Case, **kwargs: object) -> nn.Module:
 
 @torch.no_grad()
 def use(layer: nn.Module, case: Case) -> Tensor:
-    """The normalised weight of one forward in the layer's mode."""
+    """The normalized weight of one forward in the layer's mode."""
     if isinstance(layer, RowNorm):
-        return layer.normalised()
+        return layer.normalized()
     if hasattr(layer, "spectral_norm"):
         return layer.spectral_norm(layer.weight)
     if hasattr(layer, "weight_orig"):

@@ -125,7 +125,7 @@ class _Call:
             self.one_dimension(results)
         else:
             self.stored()
-            self.normalised(results)
+            self.normalized(results)
         self.again(results)
         self.fuzz.hold(w_bar)
 
@@ -156,7 +156,7 @@ class _Call:
                     error = float(np.linalg.norm(oracle.exact(got) - x))
                     demand(error <= bound, f"{what} is off by {error:.3g}, allowed {bound:.3g}")
 
-    def normalised(self, results: list[Tensor]) -> None:
+    def normalized(self, results: list[Tensor]) -> None:
         """W̄ and the gradients are those of the oracle for the vectors in the norm."""
         case = self.case
         w, g = oracle.exact(self.weight), oracle.exact(self.gradient)
@@ -165,7 +165,7 @@ class _Call:
             return
         pairs = {view: (oracle.exact(u), oracle.exact(v)) for view, (u, v) in self.norm.vectors().items()}
         kept = self.scale.dtype
-        true = oracle.normalise(w, case.dim, pairs, float(self.scale), g, (self.weight.dtype, self.dtype, kept))
+        true = oracle.normalize(w, case.dim, pairs, float(self.scale), g, (self.weight.dtype, self.dtype, kept))
         r = oracle.Range.of(oracle.wide(self.weight.dtype))
         claims = true.relative < 0.1 and abs(true.sigma) < r.big / 4
         claims &= not self.weight.is_complex() or abs(true.sigma) > 4 * r.tiny  # where torch's division is right
@@ -253,7 +253,7 @@ def run(impl: str, cases: int, seed: int, seconds: float = math.inf) -> tuple[Fu
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz of the normalisation of single weights.")
+    parser = argparse.ArgumentParser(description="Fuzz of the normalization of single weights.")
     parser.add_argument("--impl", nargs="+", choices=IMPLS, default=["cpp", "reference"])
     parser.add_argument("--cases", type=int, default=10_000, help="for each implementation")
     parser.add_argument("--seed", type=int, default=1)

@@ -1,4 +1,4 @@
-"""The cases of the fuzz: a weight of any shape, memory layout, dtype and size, and how it is normalised."""
+"""The cases of the fuzz: a weight of any shape, memory layout, dtype and size, and how it is normalized."""
 
 from __future__ import annotations
 

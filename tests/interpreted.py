@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fastsn import gpu
-from fastsn.kernels import settings
+from fastsn.ops import cuda as gpu
+from fastsn.triton import settings
 
 # Tiles so small that weights of a test have several blocks, columns, chunks and groups.
 SMALL = settings.Settings(

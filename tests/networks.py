@@ -10,7 +10,7 @@ import fastsn
 
 
 def network() -> nn.Sequential:
-    """Layers and drop-ins, nested, one used twice, one weight normalised by something else."""
+    """Layers and drop-ins, nested, one used twice, one weight normalized by something else."""
     shared = fastsn.BSSNConv2d(4, 4, 3, padding=1, scale=1.3)
     block = nn.Sequential(shared, nn.ReLU(), shared, fastsn.spectral_norm(nn.Conv2d(4, 4, 3, padding=1), variant="bsn"))
     return nn.Sequential(

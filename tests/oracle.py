@@ -1,4 +1,4 @@
-"""What a normalised weight has to be, in numpy and float64, for the fuzz: from the papers, nothing of fastsn in it.
+"""What a normalized weight has to be, in numpy and float64, for the fuzz: from the papers, nothing of fastsn in it.
 
 Every number comes with a bound of the error that a sound computation in the dtype of the sums may make: each sum of n
 products is off by (4 + sqrt(n)) units of rounding times the sum of their magnitudes (the bound of Higham and Mary,
@@ -121,7 +121,7 @@ class Bounded:
 
 
 @dataclass(frozen=True)
-class Normalised:
+class Normalized:
     """W̄, the gradients by the weight and by the scale for a gradient G of W̄, and sigma with its relative error."""
 
     weight: Bounded
@@ -131,14 +131,14 @@ class Normalised:
     relative: float
 
 
-def normalise(
+def normalize(
     weight: Array,
     dim: int,
     vectors: Mapping[str, tuple[Array, Array]],
     scale: float,
     gradient: Array,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-) -> Normalised:
+) -> Normalized:
     """c W / mean sigma for these vectors, which are held constant; ``dtypes``: those of the weight, W̄ and scale."""
     r, (of_weight, into, of_scale) = Range.of(wide(dtypes[0])), map(Range.of, dtypes)
     sigma, off, along = 0.0, 0.0, np.zeros_like(weight)
@@ -170,4 +170,4 @@ def normalise(
     d_scale = np.array(np.sum(terms).real)
     scale_off = float(np.sum(np.abs(terms))) * (r.sum_of(weight.size) + 2 * relative)
     scale_off += abs(float(d_scale)) * of_scale.eps + of_scale.small
-    return Normalised(w_bar, Bounded(d_weight, d_off), Bounded(d_scale, np.array(scale_off)), sigma, relative)
+    return Normalized(w_bar, Bounded(d_weight, d_off), Bounded(d_scale, np.array(scale_off)), sigma, relative)

@@ -22,8 +22,8 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fastsn import gpu
-from fastsn.kernels import iteration_calls, memory, power_iteration, rescale, rescale_calls
+from fastsn.ops import cuda as gpu
+from fastsn.triton import iteration_calls, memory, power_iteration, rescale, rescale_calls
 
 BUILDER = interpreter.interpreter_builder
 KERNELS = {

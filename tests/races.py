@@ -13,9 +13,9 @@ from torch import Tensor
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
-from fastsn import gpu
-from fastsn.kernels import settings
-from fastsn.kernels.settings import Settings
+from fastsn.ops import cuda as gpu
+from fastsn.triton import settings
+from fastsn.triton.settings import Settings
 from interpreted import SMALL
 from op_calls import call, larger, table
 from race_checker import ORDERS, RaceChecker

@@ -49,11 +49,11 @@ def digest(tensors: Any) -> str:
     return whole.hexdigest()
 
 
-def normalised(model: nn.Module) -> list[Tensor]:
+def normalized(model: nn.Module) -> list[Tensor]:
     """Each W̄ that the next forward would use."""
     with torch.no_grad(), fastsn.step(model, advance=False):
-        layers = [m for m in model.modules() if hasattr(m, "normalised") or hasattr(m, "parametrizations")]
-        return [m.normalised()[0] if hasattr(m, "normalised") else m.weight for m in layers]
+        layers = [m for m in model.modules() if hasattr(m, "normalized") or hasattr(m, "parametrizations")]
+        return [m.normalized()[0] if hasattr(m, "normalized") else m.weight for m in layers]
 
 
 def loss_of(model: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def train(rank: int, broadcast_buffers: bool, synced: bool, scope: str) -> list[
     found = []
     for i in range(STEPS):
         real, fake = batches(dist.get_world_size(), torch.float32, i)[rank]
-        found.append((digest(model.buffers()), digest(normalised(model))))
+        found.append((digest(model.buffers()), digest(normalized(model))))
         optimizer.zero_grad()
         with fastsn.step(model) if scope == "step" else nullcontext():
             loss_of(ddp, real, fake).backward()

@@ -32,7 +32,7 @@ def iterated(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def discriminator(p: Parameters, vectors: dict[str, list[Tensor]], x: Tensor, views: int, scale: float) -> Tensor:
     """Scores of images. Every forward iterates from the stored v and stores nothing."""
 
-    def normalised(layer: str) -> tuple[Tensor, Tensor]:
+    def normalized(layer: str) -> tuple[Tensor, Tensor]:
         weight = p[f"{layer}.weight"]
         sigmas = []
         for m, v in zip(matrices(weight, views), vectors[layer], strict=True):
@@ -44,9 +44,9 @@ def discriminator(p: Parameters, vectors: dict[str, list[Tensor]], x: Tensor, vi
         return factor * weight / torch.stack(sigmas).mean(), bias if gamma is None else gamma * bias
 
     for layer in CONVS:
-        weight, bias = normalised(layer)
+        weight, bias = normalized(layer)
         x = F.leaky_relu(F.conv2d(x, weight, bias, stride=weight.shape[-1] - 2, padding=1), 0.1)
-    weight, bias = normalised("linear")
+    weight, bias = normalized("linear")
     return x.flatten(1) @ weight.T + bias
 
 

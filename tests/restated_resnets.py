@@ -21,7 +21,7 @@ DISCRIMINATORS = {
 }
 
 
-def normalised(p: Parameters, vectors: Vectors, views: int, scale: float) -> tuple[Parameters, Vectors]:
+def normalized(p: Parameters, vectors: Vectors, views: int, scale: float) -> tuple[Parameters, Vectors]:
     """scale * W / sigma in the place of every weight, by one iteration from the vectors; what they are after it."""
     found, after = dict(p), {}
     for layer, old in vectors.items():
@@ -49,7 +49,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def discriminator(p: Parameters, code: tuple[str, int], x: Tensor, y: Tensor | None = None, concat: int = 0) -> Tensor:
-    """Scores; ``p`` is normalised. Labels are a projection, or channels after block number ``concat``."""
+    """Scores; ``p`` is normalized. Labels are a projection, or channels after block number ``concat``."""
 
     def beside(x: Tensor, number: int) -> Tensor:
         if number != concat:

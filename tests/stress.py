@@ -23,7 +23,7 @@ from torch import Tensor
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before Triton is imported
 
 from fastsn import ops
-from fastsn.kernels import settings
+from fastsn.triton import settings
 from interpreted import SMALL, kernels
 from op_calls import call, larger, table
 

@@ -53,7 +53,7 @@ def averaged(copied: bool, **options) -> tuple[nn.Module, AveragedModel]:
 def errors(model: nn.Module) -> list[float]:
     """How far the norm of each W̄ that evaluation uses is from 1."""
     inner = model.module
-    weights = [inner[0].normalised()[0], inner[2].normalised()[0], inner[3].weight]
+    weights = [inner[0].normalized()[0], inner[2].normalized()[0], inner[3].weight]
     return [float(torch.linalg.matrix_norm(w.detach().flatten(1), 2)) - 1 for w in weights]
 
 

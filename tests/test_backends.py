@@ -313,7 +313,7 @@ def test_kernels_serve_what_they_can_and_the_reference_the_rest(monkeypatch):
             patch.setattr(f"fastsn.reference.{name}", refuse)
         for layer in layers:
             for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-                layer(2, 3, 3, scale=1.2, dtype=dtype).normalised()[0].float().sum().backward()
+                layer(2, 3, 3, scale=1.2, dtype=dtype).normalized()[0].float().sum().backward()
         with pytest.raises(AssertionError, match="slow path"):
             fastsn.SNLinear(3, 4, impl="reference")
     fastsn.SNLinear(3, 4, dtype=torch.complex64)

@@ -101,7 +101,7 @@ def test_a_module_that_is_none():
 
 
 def test_lazy_weights():
-    with pytest.raises(ValueError, match=r"LazyLinear.weight must be initialised, got a lazy parameter"):
+    with pytest.raises(ValueError, match=r"LazyLinear.weight must be initialized, got a lazy parameter"):
         fastsn.spectral_norm(nn.LazyLinear(4))
 
 
@@ -150,7 +150,7 @@ def test_sharded_weights(tmp_path):
         destroy_process_group()
 
 
-def test_embeddings_that_cannot_be_normalised():
+def test_embeddings_that_cannot_be_normalized():
     with pytest.raises(ValueError, match=r"max_norm must be None, got 1.0"):
         fastsn.SNEmbedding(3, 4, max_norm=1.0)
     with pytest.raises(ValueError, match="sparse must be False, got True"):

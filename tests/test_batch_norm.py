@@ -65,7 +65,7 @@ def test_one_group_has_torchs_bits_and_names(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("groups", [2, 4])
-def test_groups_are_normalised_apart(kind, groups):
+def test_groups_are_normalized_apart(kind, groups):
     ours, _, shape = KINDS[kind]
     x, slope = examples(shape)
     norm = disturbed(ours(3, groups).double())

@@ -1,4 +1,4 @@
-"""convert_state_dict: a checkpoint of any spectral normalisation gives the same weights in any other."""
+"""convert_state_dict: a checkpoint of any spectral normalization gives the same weights in any other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import fastsn
 from conftest import ON
-from fastsn.layouts import LAYOUTS
+from fastsn.interop.layouts import LAYOUTS
 from foreign import ROWS, WITH_V, build, trained, use
 from shapes import TABLE, Case
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import fastsn
-from fastsn.layouts import LAYOUTS
+from fastsn.interop.layouts import LAYOUTS
 from foreign import build
 from shapes import Case
 
@@ -127,7 +127,7 @@ STACKS = {
     "behind another": lambda: parametrizations.spectral_norm(parametrizations.weight_norm(nn.Linear(3, 4))),
     "behind one without tensors": lambda: parametrizations.spectral_norm(behind(nn.Linear(3, 4), Abs())),
     "in front of another": lambda: behind(parametrizations.spectral_norm(nn.Linear(3, 4)), Gain()),
-    "of a normalised layer": lambda: fastsn.spectral_norm(fastsn.SNLinear(3, 4)),
+    "of a normalized layer": lambda: fastsn.spectral_norm(fastsn.SNLinear(3, 4)),
 }
 
 
@@ -153,11 +153,11 @@ def behind(layer, parametrization):
 @pytest.mark.parametrize("stack", STACKS)
 def test_several_parametrizations_of_one_tensor(stack):
     stacked = pytest.warns(UserWarning, match="has a spectral norm already")
-    with stacked if stack == "of a normalised layer" else nullcontext():
+    with stacked if stack == "of a normalized layer" else nullcontext():
         state = STACKS[stack]().state_dict()
     message = "must belong to the only parametrization of its tensor, got also 'parametrizations.weight."
     raises(state, "torch_hook", message)
-    if stack != "of a normalised layer":
+    if stack != "of a normalized layer":
         converted = fastsn.convert_state_dict(state, "torch")
         assert list(converted) == list(state)
         assert all(converted[key] is state[key] for key in state)

@@ -248,7 +248,7 @@ def test_complex_weights_of_the_parametrization(dtype):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_normalised_buffers():
+def test_normalized_buffers():
     layer = nn.Module()
     layer.register_buffer("kernel", torch.randn(4, 3))
     parametrizations.spectral_norm(layer, "kernel")
@@ -487,7 +487,7 @@ def test_keys_are_renamed_only_where_there_is_a_parametrization():
 
 
 def test_the_hook_for_old_keys_can_be_pickled():
-    from fastsn.hooks import OldKeys
+    from fastsn.interop.torch_hook import OldKeys
 
     layer = fastsn.convert(hook(nn.Linear(3, 4)))
     state = dict(hook(nn.Linear(3, 4)).state_dict())

@@ -386,8 +386,8 @@ def test_layers_that_get_no_norm(log):
     assert log() == [
         "converted 4.weight: plain layer, now 'sn'",
         "left alone 0: a ScriptModule cannot be changed",
-        "left alone 1.weight: its weight is a method, as in quantised modules",
-        "left alone 2.weight: its weight is torch.int8, as in quantised modules",
+        "left alone 1.weight: its weight is a method, as in quantized modules",
+        "left alone 2.weight: its weight is torch.int8, as in quantized modules",
         "left alone 3.weight: its weight is no parameter: a hook makes it, as the old weight_norm does",
     ]
 
@@ -413,7 +413,7 @@ def test_bad_variants_and_scales():
 
 
 def lazy():
-    return nn.LazyLinear(3), ValueError, r"'1.weight' of a LazyLinear: the weight must be initialised, got a lazy"
+    return nn.LazyLinear(3), ValueError, r"'1.weight' of a LazyLinear: the weight must be initialized, got a lazy"
 
 
 def empty():

@@ -80,7 +80,7 @@ def test_sync_of_a_group_takes_the_groups_first_rank(three):
         ("shape", "got 1.spectral_norm._u (torch.float32, [5], cpu 0) on rank 0 and 1.spectral_norm._u "),
         ("dtype", "on rank 0 and 1.spectral_norm._u (torch.float64, [5], cpu 0) on rank 1"),
         ("name", "got 0.spectral_norm._u (torch.float32, [4], cpu 0) on rank 0 and 1.spectral_norm._u "),
-        ("meta", "1.spectral_norm._u must have values, got a meta tensor on rank 1: materialise it"),
+        ("meta", "1.spectral_norm._u must have values, got a meta tensor on rank 1: materialize it"),
     ],
 )
 def test_models_that_differ_raise_on_every_rank(two, how, message):
@@ -90,7 +90,7 @@ def test_models_that_differ_raise_on_every_rank(two, how, message):
 
 
 def test_sync_needs_processes_and_a_model(two):
-    message = r"sync needs an initialised torch.distributed: call torch.distributed.init_process_group on every rank"
+    message = r"sync needs an initialized torch.distributed: call torch.distributed.init_process_group on every rank"
     with pytest.raises(RuntimeError, match=message):
         fastsn.sync(nn.Linear(2, 2))
     assert two(rank_jobs.not_a_model) == ["model must be an nn.Module, got list"] * 2

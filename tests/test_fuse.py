@@ -1,4 +1,4 @@
-"""A fused model: each of its forwards normalises all weights in one call, and everything else stays as it was."""
+"""A fused model: each of its forwards normalizes all weights in one call, and everything else stays as it was."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_forward_iterates_once_also_for_layers_used_twice_or_not_at_all():
     assert model.unused.weight.grad is None
 
 
-def test_a_submodule_on_its_own_normalises_as_before():
+def test_a_submodule_on_its_own_normalizes_as_before():
     model, x = fastsn.fuse(chain()), image()
     before = state(model)
     model[1](x)
@@ -209,7 +209,7 @@ def test_a_forward_inside_a_forward_of_the_same_model_is_served_by_the_outer_one
     assert counted.names == ["power_iteration_", "rescale"]
 
 
-def test_a_weight_that_cannot_be_normalised_leaves_nothing_behind():
+def test_a_weight_that_cannot_be_normalized_leaves_nothing_behind():
     model = fastsn.fuse(chain())
     whole, model[2] = model[2], fastsn.BSSNConv2d(4, 4, 3, padding=1, device="meta")
     before = state(model)
@@ -298,7 +298,7 @@ def test_a_backward_in_another_thread_leaves_the_graph_of_a_step_alone():
     assert errors == []
 
 
-def test_replicas_normalise_in_their_threads_and_are_served_by_a_step_around_them():
+def test_replicas_normalize_in_their_threads_and_are_served_by_a_step_around_them():
     model, x = fastsn.fuse(chain(2)), image()
     twin = copy.deepcopy(model)
     with fastsn.step(model):
@@ -318,7 +318,7 @@ def test_replicas_normalise_in_their_threads_and_are_served_by_a_step_around_the
     torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
 
 
-def test_functional_call_normalises_what_it_is_given():
+def test_functional_call_normalizes_what_it_is_given():
     model, x = fastsn.fuse(chain()), image()
     other = chain()
     given = {**dict(other.named_parameters()), **state(other)}

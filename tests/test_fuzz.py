@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(bool(ON), reason="the fuzz is of the CPU, and br
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpp"])
-def test_single_weights_are_normalised_as_the_oracle_says(impl):
+def test_single_weights_are_normalized_as_the_oracle_says(impl):
     if not fastsn.backends()[impl].available:
         pytest.skip(fastsn.backends()[impl].detail)
     done, failures, _ = fuzz.run(impl, cases=250, seed=0)
@@ -23,7 +23,7 @@ def test_single_weights_are_normalised_as_the_oracle_says(impl):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-def test_the_interpreted_kernels_normalise_as_the_oracle_says():
+def test_the_interpreted_kernels_normalize_as_the_oracle_says():
     pytest.importorskip("triton")
     assert fuzz.run("triton", cases=5, seed=0)[1] == []
 

@@ -104,7 +104,7 @@ def test_runs_give_the_same_bits():
     for _ in range(5):
         net = discriminator()
         with fastsn.step(net):
-            weights = [layer.normalised()[0] for layer in net if hasattr(layer, "normalised")]
+            weights = [layer.normalized()[0] for layer in net if hasattr(layer, "normalized")]
         torch.autograd.backward(weights, [w.detach().cos() for w in weights])
         found.append([*weights, *(p.grad for p in net.parameters() if p.grad is not None), *net.buffers()])
     for other in found[1:]:
@@ -124,7 +124,7 @@ def test_kernels_and_reference_agree_on_large_weights():
                 layer.weight.copy_(weight)
             layers.append(layer)
         layers[1].load_state_dict(layers[0].state_dict())
-        ours, theirs = (layer.normalised()[0] for layer in layers)
+        ours, theirs = (layer.normalized()[0] for layer in layers)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
         gradient = torch.randn_like(ours)
         ours.backward(gradient)
@@ -148,14 +148,14 @@ def test_another_stream_is_followed():
 def test_autocast_writes_the_weight_in_its_dtype():
     net = discriminator()
     with torch.autocast("cuda", torch.bfloat16), fastsn.step(net):
-        assert net[0].normalised()[0].dtype == torch.bfloat16
+        assert net[0].normalized()[0].dtype == torch.bfloat16
         net(images()[0]).float().sum().backward()
     assert net[0].weight.grad.dtype == torch.float32
 
 
 def test_channels_last_is_read_and_kept():
     net, plain = discriminator().to(memory_format=torch.channels_last), discriminator()
-    ours, theirs = net[2].normalised()[0], plain[2].normalised()[0]
+    ours, theirs = net[2].normalized()[0], plain[2].normalized()[0]
     assert ours.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
@@ -165,26 +165,26 @@ def test_layers_on_different_gpus_in_one_step():
     net = discriminator()
     net[2].to("cuda:1")
     with fastsn.step(net):
-        assert net[2].normalised()[0].device == torch.device("cuda", 1)
+        assert net[2].normalized()[0].device == torch.device("cuda", 1)
 
 
 def test_cpu_and_gpu_layers_in_one_step():
     net = discriminator()
     net[2].cpu()
     with fastsn.step(net):
-        assert net[2].normalised()[0].device.type == "cpu"
-        assert net[0].normalised()[0].is_cuda
+        assert net[2].normalized()[0].device.type == "cpu"
+        assert net[0].normalized()[0].is_cuda
 
 
 def test_vectors_left_behind_on_the_cpu_are_an_error():
     layer = fastsn.SNLinear(4, 4, device="cuda")
     layer.spectral_norm._u = layer.spectral_norm._u.cpu()
     with pytest.raises(ValueError, match="must be on cuda:0, got cpu"):
-        layer.normalised()
+        layer.normalized()
 
 
 def test_a_float64_layer_is_served_by_the_reference():
     layer = fastsn.SNLinear(4, 4, device="cuda", dtype=torch.float64)
-    assert layer.normalised()[0].dtype == torch.float64
+    assert layer.normalized()[0].dtype == torch.float64
     with pytest.raises(TypeError, match="impl='triton' needs float32, float16 or bfloat16 weights"):
-        fastsn.SNLinear(4, 4, device="cuda", dtype=torch.float64, impl="triton").normalised()
+        fastsn.SNLinear(4, 4, device="cuda", dtype=torch.float64, impl="triton").normalized()

@@ -22,7 +22,7 @@ SMALL = [
 
 
 def fixed(norm: fastsn.SpectralNorm):
-    """The normalised weight with u and v held constant, as a function of weight and scale."""
+    """The normalized weight with u and v held constant, as a function of weight and scale."""
     vectors = norm.vectors()
 
     def function(weight: Tensor, scale: Tensor) -> Tensor:
@@ -72,14 +72,14 @@ def test_the_gradient_is_the_closed_form(case, prefix):
     scale = nn.Parameter(torch.tensor(1.7, dtype=torch.float64)) if free else 1.0
     layer = case.build(prefix, dtype=torch.float64, scale=scale)
     c = float(scale.detach()) if free else 1.0
-    normalised, _ = layer.normalised()
-    upstream = torch.randn_like(normalised)
-    normalised.backward(upstream)
+    normalized, _ = layer.normalized()
+    upstream = torch.randn_like(normalized)
+    normalized.backward(upstream)
 
     norm = layer.spectral_norm
     dim = norm.dim
     oik = views.as_oik(layer.weight.detach(), dim)
-    inner, sigma, outer = (upstream * normalised).sum(), 0.0, torch.zeros_like(oik)
+    inner, sigma, outer = (upstream * normalized).sum(), 0.0, torch.zeros_like(oik)
     for view, (u, v) in norm.vectors().items():
         o, i, k = oik.shape
         rank_one = torch.outer(u, v).view(o, i, k) if view == "out" else torch.outer(u, v).view(o, k, i).transpose(1, 2)
@@ -144,7 +144,7 @@ def test_a_scale_that_is_written_over_between_two_forwards_spoils_no_gradient(im
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-def test_gradient_penalty_differentiates_the_normalised_weight_twice():
+def test_gradient_penalty_differentiates_the_normalized_weight_twice():
     torch.manual_seed(4)
     net = nn.Sequential(
         fastsn.BSSNConv2d(1, 2, 2, dtype=torch.float64),

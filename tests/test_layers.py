@@ -1,4 +1,4 @@
-"""The 32 layers are torch's layers with a normalised weight, and live like any module."""
+"""The 32 layers are torch's layers with a normalized weight, and live like any module."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def free_scale(prefix: str) -> bool:
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("case", TABLE, ids=str)
-def test_a_layer_computes_what_the_plain_layer_computes_with_the_normalised_weight(case, prefix, impl):
+def test_a_layer_computes_what_the_plain_layer_computes_with_the_normalized_weight(case, prefix, impl):
     layer = case.build(prefix, scale=1.5 if free_scale(prefix) else 1.0, impl=impl)
     x = case.input()
     y = layer(x)
     plain = case.build()
     assert isinstance(layer, type(plain))
-    plain.weight.data = layer.eval().normalised()[0].detach()
+    plain.weight.data = layer.eval().normalized()[0].detach()
     if getattr(plain, "bias", None) is not None:
         plain.bias = layer.bias
     assert torch.equal(layer(x), plain(x))
@@ -76,7 +76,7 @@ def test_arguments_of_the_torch_layer_are_passed_on():
     x = torch.randn(2, 4, 9, 9)
     conv = fastsn.SNConv2d(4, 6, 3, 2, padding=2, dilation=2, groups=2, bias=False, padding_mode="reflect")
     plain = nn.Conv2d(4, 6, 3, 2, padding=2, dilation=2, groups=2, bias=False, padding_mode="reflect")
-    plain.weight.data = conv.eval().normalised()[0].detach()
+    plain.weight.data = conv.eval().normalized()[0].detach()
     assert torch.equal(conv(x), plain(x))
     up = fastsn.SNConvTranspose2d(4, 6, 3, stride=2, padding=1)
     assert up(x, output_size=[18, 18]).shape[-2:] == (18, 18)
@@ -116,9 +116,9 @@ def test_a_learnable_scale_is_shared_learnt_and_multiplies_the_bias():
     x = torch.randn(3, 4)
     before = net.eval()(x)
     gamma.data.fill_(2.0)
-    weight, bias = net[0].normalised()
+    weight, bias = net[0].normalized()
     assert torch.equal(bias, 2 * net[0].bias)
-    expected = nn.functional.linear(nn.functional.linear(x, weight, bias), *net[1].normalised())
+    expected = nn.functional.linear(nn.functional.linear(x, weight, bias), *net[1].normalized())
     assert torch.equal(net(x), expected)
     assert not torch.equal(net(x), before)
     net(x).sum().backward()
@@ -168,19 +168,19 @@ def test_to_double_and_back():
     assert layer.float()(torch.randn(1, 4, 5, 5)).dtype == torch.float32
 
 
-def test_meta_then_materialise_and_warm_up():
+def test_meta_then_materialize_and_warm_up():
     with torch.device("meta"):
         net = nn.Sequential(fastsn.BSSNConv2d(4, 6, 3, scale=1.3), fastsn.SNConv2d(6, 6, 1))
     assert net(torch.randn(1, 4, 5, 5, device="meta")).shape == (1, 6, 3, 3)
     for fill in (0.0, torch.nan, 1e30):  # whatever to_empty leaves in u and v
-        materialised = copy.deepcopy(net).to_empty(device="cpu")
-        for buffer in materialised.buffers():
+        materialized = copy.deepcopy(net).to_empty(device="cpu")
+        for buffer in materialized.buffers():
             buffer.fill_(fill)
-        for parameter in materialised.parameters():
+        for parameter in materialized.parameters():
             nn.init.normal_(parameter)
-        fastsn.warm_up(materialised, 1000)
-        weight = materialised[1].weight.detach()
-        assert fastsn.sigmas(materialised)["1"].sigma == pytest.approx(
+        fastsn.warm_up(materialized, 1000)
+        weight = materialized[1].weight.detach()
+        assert fastsn.sigmas(materialized)["1"].sigma == pytest.approx(
             float(torch.linalg.matrix_norm(weight.flatten(1), 2)), rel=1e-5
         )
 

@@ -148,7 +148,7 @@ def test_spectral_norm_over_torchs_old_hook_points_to_convert(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_a_tensor_that_another_hook_makes_cannot_be_normalised():
+def test_a_tensor_that_another_hook_makes_cannot_be_normalized():
     with pytest.raises(ValueError, match="got 'weight', a tensor that a hook makes; it has bias, weight_g, weight_v"):
         fastsn.spectral_norm(weight_norm(nn.Linear(4, 4)))
 
@@ -206,7 +206,7 @@ CONVERTED = {
 
 @pytest.mark.parametrize("make", CONVERTED.values(), ids=CONVERTED)
 @pytest.mark.parametrize("copied", [False, True])
-def test_weights_init_is_not_ignored_by_layers_that_are_normalised_already(make, copied):
+def test_weights_init_is_not_ignored_by_layers_that_are_normalized_already(make, copied):
     model = copy.deepcopy(make()) if copied else make()
     parameters = list(model.parameters())
     assert model.apply(weights_init) is model
@@ -221,7 +221,7 @@ def test_weights_init_is_not_ignored_by_layers_that_are_normalised_already(make,
         )
 
 
-def test_apply_that_only_looks_changes_nothing_and_sees_the_normalised_weight():
+def test_apply_that_only_looks_changes_nothing_and_sees_the_normalized_weight():
     model, seen = CONVERTED["plain"](), []
     with torch.no_grad():
         model[1].parametrizations.weight.original[0, 0] = float("nan")
@@ -235,7 +235,7 @@ def test_apply_that_only_looks_changes_nothing_and_sees_the_normalised_weight():
     assert not torch.equal(model[0].weight, model[0].weight)  # a use is a use again
 
 
-def test_reset_parameters_of_normalised_layers_draws_the_weight_anew():
+def test_reset_parameters_of_normalized_layers_draws_the_weight_anew():
     for layer in (fastsn.spectral_norm(nn.Linear(4, 3)), fastsn.spectral_norm(nn.Conv2d(3, 4, 3), "bias")):
         before = [p.clone() for p in layer.parameters()]
         layer.reset_parameters()

@@ -48,14 +48,14 @@ def test_sigma_of_both_views_agrees_with_svd_on_random_weights(chunk):
 
 
 @pytest.mark.parametrize("case", TABLE, ids=str)
-def test_the_normalised_weight_has_the_norm_that_the_equation_gives(case):
+def test_the_normalized_weight_has_the_norm_that_the_equation_gives(case):
     for prefix, scale in (("SN", 1.0), ("SSN", 1.7), ("BSN", 1.0), ("BSSN", 1.7)):
         layer = case.build(prefix, dtype=torch.float64, scale=scale)
         fastsn.warm_up(layer, 2000)
         dim = views.output_dim(layer)
         svd = truth(layer.weight, dim)
         sigma = svd["out"] if prefix in ("SN", "SSN") else (svd["out"] + svd["in"]) / 2
-        torch.testing.assert_close(layer.eval().normalised()[0], scale * layer.weight / sigma, rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer.eval().normalized()[0], scale * layer.weight / sigma, rtol=1e-6, atol=0)
 
 
 def top(matrix: Tensor) -> float:
@@ -85,14 +85,14 @@ def twins(case: Case, first: str, second: str, second_scale: float = 1.0) -> tup
 def test_ssn_at_scale_1_is_sn(case):
     sn, ssn = twins(case, "SN", "SSN")
     for _ in range(3):
-        assert torch.equal(sn.normalised()[0], ssn.normalised()[0])
+        assert torch.equal(sn.normalized()[0], ssn.normalized()[0])
 
 
 @pytest.mark.parametrize("case", [c for c in TABLE if c.layer in ("Linear", "Embedding") or c.args[-1] == 1], ids=str)
 def test_bsn_of_a_matrix_is_sn_and_keeps_no_second_state(case):
     sn, bsn = twins(case, "SN", "BSN")
     for _ in range(3):
-        assert torch.equal(sn.normalised()[0], bsn.normalised()[0])
+        assert torch.equal(sn.normalized()[0], bsn.normalized()[0])
     assert sn.state_dict().keys() == bsn.state_dict().keys()
 
 
@@ -100,7 +100,7 @@ def test_bsn_of_a_matrix_is_sn_and_keeps_no_second_state(case):
 def test_bssn_is_a_constant_times_bsn(case):
     bsn, bssn = twins(case, "BSN", "BSSN", 2.5)
     for _ in range(3):
-        assert torch.equal(2.5 * bsn.normalised()[0], bssn.normalised()[0])
+        assert torch.equal(2.5 * bsn.normalized()[0], bssn.normalized()[0])
 
 
 def test_transposing_a_weight_swaps_the_views():
@@ -131,15 +131,15 @@ def test_sigma_follows_a_changing_weight_in_training_and_stays_in_evaluation():
     layer.weight.data = torch.randn(30, 20)
     for _ in range(200):
         layer(torch.randn(1, 20))
-    assert top(layer.eval().normalised()[0]) == pytest.approx(1, abs=1e-3)
+    assert top(layer.eval().normalized()[0]) == pytest.approx(1, abs=1e-3)
     layer.weight.data = torch.randn(30, 20)
-    stale = top(layer.normalised()[0])
+    stale = top(layer.normalized()[0])
     assert abs(stale - 1) > 0.1
     before = copy.deepcopy(layer.state_dict())
     for _ in range(5):
         layer(torch.randn(1, 20))
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
-    assert top(layer.normalised()[0]) == stale
+    assert top(layer.normalized()[0]) == stale
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -148,9 +148,9 @@ def test_n_power_iterations_are_n_single_ones(n):
     many = fastsn.BSNConv2d(4, 6, 3, n_power_iterations=n)
     torch.manual_seed(3)
     single = fastsn.BSNConv2d(4, 6, 3)
-    together, _ = many.normalised()
+    together, _ = many.normalized()
     for _ in range(n):
-        weight, _ = single.normalised()
+        weight, _ = single.normalized()
     assert torch.equal(together, weight)
     assert all(torch.equal(p, q) for p, q in zip(many.state_dict().values(), single.state_dict().values(), strict=True))
 

@@ -13,7 +13,7 @@ from op_calls import Call, call
 
 IMPLEMENTATIONS = {
     "dispatched": (ops.power_iteration, ops.rescale),
-    "reference": (ops.reference_power_iteration, ops.reference_rescale),
+    "reference": (ops.fallback.power_iteration, ops.fallback.rescale),
 }
 
 
@@ -115,7 +115,7 @@ def test_a_state_that_belongs_to_other_weights(implementation, position, name):
         (lambda a: a.__setitem__(1, torch.zeros(2)), ValueError, r"grad_sigma must have shape \[1\], got \[2\]"),
     ],
 )
-@pytest.mark.parametrize("implementation", [ops.rescale_backward, ops.reference_rescale_backward])
+@pytest.mark.parametrize("implementation", [ops.rescale_backward, ops.fallback.rescale_backward])
 def test_wrong_gradients(implementation, spoil, error, message):
     c = call([torch.randn(3, 2, 2)], [0])
     sigma, vectors = c.iterate()
@@ -132,7 +132,7 @@ def test_weights_of_several_devices():
     c.weights[1] = c.weights[1].to("meta")
     message = rf"weights\[1\] must be on the device of weights\[0\], {c.weights[0].device}, got meta"
     with pytest.raises(ValueError, match=message):
-        ops.reference_power_iteration(*c.iteration(), 1)
+        ops.fallback.power_iteration(*c.iteration(), 1)
 
 
 def test_vectors_made_in_inference_mode_are_not_updated_outside_of_it():

@@ -35,8 +35,8 @@ def assert_within_rounding(ours: Tensor, reference_: Tensor, exact: Tensor, size
 def test_iterations_over_the_shape_table_are_the_references(dtype, layout, bits, n):
     weights, dims = table(dtype, layout)
     c = call(weights, dims, bits)
-    theirs = ops.reference_power_iteration(*c.iteration(), n)
-    exact = ops.reference_power_iteration(*c.exact().iteration(), n)
+    theirs = ops.fallback.power_iteration(*c.iteration(), n)
+    exact = ops.fallback.power_iteration(*c.exact().iteration(), n)
     ours = c.iterate(n)
     lengths = [x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]
     for parts in zip(*(vectors.split(lengths) for _, vectors in (ours, theirs, exact)), strict=True):
@@ -59,8 +59,8 @@ def test_weights_and_gradients_over_the_shape_table_are_the_references(dtype, la
     sigma, vectors = c.iterate()
     with torch.no_grad():
         outputs, mean = c.rescale(sigma, vectors)
-        theirs, _ = ops.reference_rescale(c.weights, c.scales, sigma, vectors, *c.numbers())
-        exact, _ = ops.reference_rescale(e.weights, e.scales, sigma.double(), vectors.double(), *e.numbers())
+        theirs, _ = ops.fallback.rescale(c.weights, c.scales, sigma, vectors, *c.numbers())
+        exact, _ = ops.fallback.rescale(e.weights, e.scales, sigma.double(), vectors.double(), *e.numbers())
         for w, ours, plain, true in zip(weights, outputs, theirs, exact, strict=True):
             assert_within_rounding(ours, plain, true)
             assert ours.stride() == torch.empty_like(w).stride()
@@ -71,8 +71,8 @@ def test_weights_and_gradients_over_the_shape_table_are_the_references(dtype, la
         arguments = (gradients, g_sigma, bases, c.scales, mean, vectors, *c.numbers())
         wide = ([g.double() for g in gradients], g_sigma.double(), [b.double() for b in bases], e.scales)
         d_weights, d_scales = ops.rescale_backward(*arguments)
-        theirs, their_scales = ops._differentiable_backward(*arguments)
-        exact, exact_scales = ops._differentiable_backward(*wide, mean.double(), vectors.double(), *e.numbers())
+        theirs, their_scales = ops.fallback.differentiable_backward(*arguments)
+        exact, exact_scales = ops.fallback.differentiable_backward(*wide, mean.double(), vectors.double(), *e.numbers())
     for ours, plain, true in zip(d_weights, theirs, exact, strict=True):
         assert_within_rounding(ours, plain, true)
     # The sum that gives the gradient of a scale may nearly cancel: its rounding is that of its summands.
@@ -376,12 +376,12 @@ def test_forward_mode_differentiation_goes_through_the_reference():
                 c.rescale(sigma, vectors)
 
 
-def test_frozen_layers_of_a_step_are_normalised_once():
+def test_frozen_layers_of_a_step_are_normalized_once():
     model = nn.Sequential(*(fastsn.BSSNConv2d(2, 2, 3, padding=1, scale=1.2) for _ in range(3)))
     model[0].weight.requires_grad_(False)
     with torch.profiler.profile(acc_events=True) as profile, fastsn.step(model):
         first, second = model(torch.randn(1, 2, 4, 4)), model(torch.randn(1, 2, 4, 4))
-    assert not model[0].normalised()[0].requires_grad
+    assert not model[0].normalized()[0].requires_grad
     (first - second).sum().backward()
     assert [p.weight.grad is None for p in model] == [True, False, False]
     if fastsn.backends()["cpp"].available:
@@ -393,7 +393,7 @@ def test_a_scale_that_is_set_to_an_integer():
     layer = fastsn.BSSNLinear(4, 4)
     layer.spectral_norm.scale = 2
     with fastsn.step(layer):
-        inside, _ = layer.normalised()
-        again, _ = layer.normalised()
+        inside, _ = layer.normalized()
+        again, _ = layer.normalized()
     assert inside is again
-    torch.testing.assert_close(layer.eval().normalised()[0], inside)
+    torch.testing.assert_close(layer.eval().normalized()[0], inside)

@@ -172,7 +172,7 @@ def test_state_dicts_load_in_both_directions(kind, impl):
         assert target.load_state_dict(partial, strict=False).missing_keys == ["parametrizations.weight.0._v"]
 
 
-def test_assignment_stores_the_unnormalised_value():
+def test_assignment_stores_the_unnormalized_value():
     layer = fastsn.spectral_norm(nn.Linear(3, 4))
     parameter, value = layer.parametrizations.weight.original, torch.randn(4, 3)
     layer.weight = value

@@ -11,7 +11,7 @@ from conftest import ON
 pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 
-from fastsn.kernels import memory, power_iteration, rescale, settings
+from fastsn.triton import memory, power_iteration, rescale, settings
 from race_checker import KERNELS, RaceChecker
 from races import APART, SMALL, Case, check, results
 

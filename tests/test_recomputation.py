@@ -274,7 +274,7 @@ def test_a_region_that_no_backward_follows_is_freed(scope):
     layer = fastsn.SNLinear(3, 3)
     net = fastsn.fuse(nn.Sequential(layer)) if scope == "fuse" else nn.Sequential(layer)
     used: list[weakref.ref] = []
-    layer.register_forward_hook(lambda module, *_: used.append(weakref.ref(module.normalised()[0])))
+    layer.register_forward_hook(lambda module, *_: used.append(weakref.ref(module.normalized()[0])))
     gc.disable()
     try:
         with fastsn.step(net) if scope == "step" else nullcontext(), torch.autograd.graph.save_on_cpu():

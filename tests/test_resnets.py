@@ -99,7 +99,7 @@ def test_steps_are_those_of_the_authors_graphs(graph):
 
     def score(x: Tensor, y: Tensor | None) -> Tensor:
         nonlocal vectors
-        weights, after = restated.normalised(d, vectors, views, config.scale)
+        weights, after = restated.normalized(d, vectors, views, config.scale)
         vectors = after if stored else vectors
         return restated.discriminator(weights, code, x, y)
 
@@ -128,7 +128,7 @@ def test_steps_are_those_of_the_authors_graphs(graph):
             loss = losses.LOSSES["hinge"].d(score(real, y if conditional else None), score(fake.detach(), fake_y))
             d = restated_bsn.adam(d, loss, moments_d, step * config.n_dis + i + 1, 1e-3, 0.0, 0.9)
             if not stored:
-                vectors = restated.normalised(d, vectors, views, config.scale)[1]
+                vectors = restated.normalized(d, vectors, views, config.scale)[1]
         if config.order == "d_first":
             loss_g = step_of_g(step)
         assert float(scalars["loss/g"]) == pytest.approx(float(loss_g), rel=1e-9, abs=1e-12)
@@ -145,7 +145,7 @@ def test_a_concat_discriminator_has_labels_as_channels_in_the_middle(size):
     d = disturbed(net)
     fastsn.warm_up(net, 1000)
     x, y = torch.randn(6, 3, size, size), torch.tensor([0, 1, 2, 2, 1, 0])
-    weights, _ = restated.normalised(d, vectors_of(net), 1, 1.0)
+    weights, _ = restated.normalized(d, vectors_of(net), 1, 1.0)
     expected = restated.discriminator(weights, ("sngan-resnet", size), x, y, concat={32: 2, 48: 3}[size])
     torch.testing.assert_close(net(x, y), expected, rtol=1e-9, atol=1e-9)
 
@@ -298,7 +298,7 @@ def test_channels_last_changes_nothing_but_rounding(conditional):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
-def test_dequantised_images_are_spread_over_their_bin():
+def test_dequantized_images_are_spread_over_their_bin():
     config = tiny(architecture="sngan-resnet", dequantize=True, n_dis=2, batch_size=4)
     training = Training(config, 3, 0, CPU)
     seen: list[Tensor] = []

@@ -51,8 +51,8 @@ def test_sigma_is_the_largest_singular_value_of_the_dense_operator(case):
     if values[1] < 0.95 * values[0]:  # not so for 1x1, which has the same values at every pixel
         assert abs(float(layer._u.flatten() @ left[:, 0])) == pytest.approx(1, abs=1e-9)
         assert abs(float(layer._v.flatten() @ right[0])) == pytest.approx(1, abs=1e-9)
-    normalised = dense(layer.eval().normalised()[0].detach(), layer, size)
-    assert float(torch.linalg.svdvals(normalised)[0]) == pytest.approx(1.7, rel=1e-9)
+    normalized = dense(layer.eval().normalized()[0].detach(), layer, size)
+    assert float(torch.linalg.svdvals(normalized)[0]) == pytest.approx(1.7, rel=1e-9)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,10 +128,10 @@ def test_weights_of_any_size_are_divided_exactly(factor):
     layer.see((2, 5, 5))
     for _ in range(100):
         layer.advance()
-    usual = layer.eval().normalised()[0].detach().clone()
+    usual = layer.eval().normalized()[0].detach().clone()
     with torch.no_grad():
         layer.weight.mul_(factor)
-    torch.testing.assert_close(layer.train().normalised()[0], usual, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(layer.train().normalized()[0], usual, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_dis", [1, 2])
@@ -157,7 +157,7 @@ def test_all_forwards_of_a_step_have_one_weight_after_one_iteration(schedule):
     expected = layer._made(u, v).weight
     stored = layer._v.clone()
     with of.norm.during_a_step():
-        first, second = layer.normalised()[0], layer.normalised()[0]
+        first, second = layer.normalized()[0], layer.normalized()[0]
     assert first is second
     assert torch.equal(first, expected)
     assert torch.equal(layer._v, v if schedule == "per_step" else stored)
@@ -190,16 +190,16 @@ def test_steps_nest_and_end_with_an_exception_and_see_changed_weights():
     of = training(norm="sn_conv")
     layer = of.discriminator.convs[0]
     with of.norm.at_rest():
-        outer = layer.normalised()[0]
+        outer = layer.normalized()[0]
         with of.norm.at_rest(), torch.no_grad():
-            assert layer.normalised()[0] is not outer
-        assert layer.normalised()[0] is outer
+            assert layer.normalized()[0] is not outer
+        assert layer.normalized()[0] is outer
         with torch.no_grad():
             layer.weight[0].mul_(2)
         u, v = layer._held.u, layer._held.v
         expected = layer.weight / (u * nn.functional.conv2d(v, layer.weight, padding=1)).sum()
-        torch.testing.assert_close(layer.normalised()[0], expected)
-        assert layer.normalised()[0] is not outer
+        torch.testing.assert_close(layer.normalized()[0], expected)
+        assert layer.normalized()[0] is not outer
     with pytest.raises(ValueError, match="input must have the size"), of.norm.at_rest():
         layer(torch.randn(1, 3, 9, 9))
     assert layer._held is None
@@ -220,10 +220,10 @@ def test_autocast_does_not_reach_the_iteration():
     layer.see((2, 5, 5))
     twin = copy.deepcopy(layer)
     with torch.autocast("cpu", torch.bfloat16):
-        weight = layer.normalised()[0]
+        weight = layer.normalized()[0]
         assert layer(torch.randn(1, 2, 5, 5)).dtype == torch.bfloat16
     assert weight.dtype == torch.float32
-    assert torch.equal(weight, twin.normalised()[0])
+    assert torch.equal(weight, twin.normalized()[0])
 
 
 def test_scale_multiplies_the_weights_of_every_layer():

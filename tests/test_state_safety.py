@@ -64,10 +64,10 @@ def test_a_zero_weight_gives_zeros_and_a_finite_gradient_that_revives_it(variant
     layer = fastsn.spectral_norm(nn.Conv2d(4, 6, 3), variant=variant, scale=scale)
     original = layer.parametrizations.weight.original
     original.data.zero_()
-    normalised = layer.weight
-    assert torch.equal(normalised, torch.zeros_like(normalised))
-    upstream = torch.randn_like(normalised)
-    normalised.backward(upstream)
+    normalized = layer.weight
+    assert torch.equal(normalized, torch.zeros_like(normalized))
+    upstream = torch.randn_like(normalized)
+    normalized.backward(upstream)
     torch.testing.assert_close(original.grad, scale * upstream)
     original.data -= 0.1 * original.grad
     assert float(layer.weight.detach().abs().max()) > 0.01
@@ -138,7 +138,7 @@ def test_under_autocast_the_iteration_is_untouched_and_the_weight_comes_out_in_h
         dropin = fastsn.spectral_norm(nn.Linear(4, 6))
         embedding = fastsn.SNEmbedding(5, 4)
         with torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=enabled):
-            made = [layer.normalised()[0], dropin.weight, embedding.normalised()[0]]
+            made = [layer.normalized()[0], dropin.weight, embedding.normalized()[0]]
         assert [w.dtype for w in made] == ([dtype, dtype, torch.float32] if enabled else [torch.float32] * 3)
         results.append([*vectors(layer.spectral_norm), *dropin.buffers(), *(w.to(dtype) for w in made)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,4 +1,4 @@
-"""One normalisation for all uses in a block."""
+"""One normalization for all uses in a block."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def test_a_step_iterates_once_and_serves_the_same_weight_to_every_use():
     once = copy.deepcopy(net)
     layer = net[1][0]
     with fastsn.step(net):
-        first, second = layer.normalised()[0], layer.normalised()[0]
+        first, second = layer.normalized()[0], layer.normalized()[0]
         assert first is second
         outputs = [net(x), net(x)]
         assert torch.equal(*outputs)
     with fastsn.step(once):
         pass
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), once.buffers(), strict=True))
-    assert layer.normalised()[0] is not layer.normalised()[0]  # outside, every use is its own
+    assert layer.normalized()[0] is not layer.normalized()[0]  # outside, every use is its own
 
 
 def test_a_step_is_one_forward_of_each_layer_used_once():
@@ -157,7 +157,7 @@ def test_steps_and_the_compiler(inside):
     torch.testing.assert_close(list(net.buffers()), list(twin.buffers()))
 
 
-def test_a_weight_that_changes_inside_the_block_is_normalised_anew():
+def test_a_weight_that_changes_inside_the_block_is_normalized_anew():
     layer = fastsn.SSNLinear(4, 5, scale=nn.Parameter(torch.tensor(1.0)))
     x = torch.randn(3, 4)
     with fastsn.step(layer):
@@ -245,10 +245,10 @@ def test_backward_calls_that_keep_the_graph_go_through_one_step(impl):
 def test_autocast_inside_a_step():
     layer = fastsn.BSSNConv2d(2, 4, 3)
     with fastsn.step(layer):
-        full = layer.normalised()[0]
+        full = layer.normalized()[0]
         with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
-            assert torch.equal(layer.normalised()[0], full.bfloat16())
-        assert layer.normalised()[0].dtype == torch.float32
+            assert torch.equal(layer.normalized()[0], full.bfloat16())
+        assert layer.normalized()[0].dtype == torch.float32
 
 
 def test_steps_nest_and_an_exception_ends_them():
@@ -268,13 +268,13 @@ def test_a_step_can_be_entered_once():
     layer = fastsn.SNLinear(40, 30)
     step = fastsn.step(layer)
     with step:
-        served = layer.normalised()[0]
+        served = layer.normalized()[0]
         with pytest.raises(RuntimeError, match=r"entered once, got a second time: call fastsn\.step\(model\)"), step:
             pass
-        assert layer.normalised()[0] is served
+        assert layer.normalized()[0] is served
     with pytest.raises(RuntimeError, match="entered once"):
         step.__enter__()
-    assert layer.normalised()[0] is not served
+    assert layer.normalized()[0] is not served
 
 
 def test_functional_call_inside_a_step_uses_the_weight_it_is_given():

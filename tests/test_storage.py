@@ -76,7 +76,7 @@ def test_memory_is_free_when_the_last_holder_goes(large, holder):
 
 
 def test_gradients_of_an_earlier_step_keep_their_values():
-    """A user collects gradients and normalised weights of several steps, as accumulation and logging do."""
+    """A user collects gradients and normalized weights of several steps, as accumulation and logging do."""
     layer = fastsn.spectral_norm(nn.Linear(700, 600), variant="bssn", scale=1.2)
     kept, copies = [], []
     for _ in range(4):

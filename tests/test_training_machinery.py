@@ -96,7 +96,7 @@ def once(_: nn.Module):
 
 @pytest.mark.parametrize("penalty", [wgan_gp, r1])
 def test_a_penalty_after_the_step_that_made_the_loss_uses_vectors_of_its_own(penalty):
-    """Lazy regularisation: two backwards with an optimizer step between them."""
+    """Lazy regularization: two backwards with an optimizer step between them."""
     model, (x, _) = discriminator(torch.float64), task(torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -215,7 +215,7 @@ def test_steps_of_a_network_hold_no_graph():
     def train() -> list[weakref.ref]:
         optimizer.zero_grad()
         with fastsn.step(model):
-            served = model[0].normalised()[0]
+            served = model[0].normalized()[0]
             output = model(x[:4])
             loss = output.mean() - model(x[4:8]).mean() + r1(model, x[:4])
             held = [weakref.ref(t) for t in (served, output, loss)]

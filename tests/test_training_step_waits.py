@@ -76,7 +76,7 @@ def test_no_operator_needs_a_value(run):
     assert waits.found == ["_local_scalar_dense"]  # it would have been seen
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="torch counts synchronisations of a GPU")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="torch counts synchronizations of a GPU")
 @pytest.mark.parametrize("run", RUNS)
 def test_nothing_waits_for_the_gpu(run):
     training, given = training_and_batches(run)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import fastsn
 from conftest import ON
 from fastsn import ops, reference
+from fastsn.ops import checks
 from op_calls import Call, call, table
 from shapes import laid_out
 
 pytest.importorskip("triton")
 import interpreted
-from fastsn.kernels.plan import described
+from fastsn.triton.plan import described
 
 pytestmark = [pytest.mark.usefixtures("triton_kernels")]
 on_cpu = pytest.mark.skipif(ON == "cuda", reason="for the interpreter")
@@ -39,7 +40,7 @@ DEVICE = torch.device("cuda", 0) if ON == "cuda" else torch.device("cpu")
 
 @contextmanager
 def launched_with(**changes: object):
-    from fastsn.kernels import settings
+    from fastsn.triton import settings
 
     before = settings.current(DEVICE)
     settings.use(replace(before, **changes), DEVICE)
@@ -110,7 +111,7 @@ def test_vectors_sigmas_weights_and_gradients_of_the_shape_table_are_right(dtype
     assert weights
     c = call(weights, dims, views_of(weights))
     sigma, vectors = c.iterate()
-    exact_sigma, exact = ops.reference_power_iteration(*c.exact().iteration(), 1)
+    exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
     assert ((sigma.double() - exact_sigma) / exact_sigma).abs().max() <= 1e-6
     lengths = [x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]
     for ours, true in zip(vectors.split(lengths), exact.split(lengths), strict=True):
@@ -125,7 +126,7 @@ def assert_rescaled_and_derived(c: Call, sigma: Tensor, vectors: Tensor) -> None
     allowed = [2e-6 if w.dtype == torch.float32 else torch.finfo(w.dtype).eps for w in c.weights]
     with torch.no_grad():
         outputs, mean = c.rescale(sigma, vectors)
-        exact, _ = ops.reference_rescale(e.weights, e.scales, sigma.double(), vectors.double(), *e.numbers())
+        exact, _ = ops.fallback.rescale(e.weights, e.scales, sigma.double(), vectors.double(), *e.numbers())
         for w, ours, true, rounding in zip(c.weights, outputs, exact, allowed, strict=True):
             assert off(ours, true) <= rounding
             assert ours.stride() == torch.empty_like(w).stride()
@@ -133,7 +134,7 @@ def assert_rescaled_and_derived(c: Call, sigma: Tensor, vectors: Tensor) -> None
         bases = c.weights if c.scales else outputs
         wide = ([x.double() for x in gradients], grad_sigma.double(), [x.double() for x in bases], e.scales)
         ours = ops.rescale_backward(gradients, grad_sigma, bases, c.scales, mean, vectors, *c.numbers())
-        true = ops.reference_rescale_backward(*wide, mean.double(), vectors.double(), *e.numbers())
+        true = ops.fallback.rescale_backward(*wide, mean.double(), vectors.double(), *e.numbers())
     for mine, theirs, rounding in zip(ours[0], true[0], allowed, strict=True):
         assert off(mine, theirs) <= rounding
     for mine, theirs in zip(ours[1], true[1], strict=True):
@@ -152,7 +153,7 @@ def test_ways_to_launch_an_iteration_give_the_same():
 def test_without_an_iteration_sigma_is_measured():
     weights, dims = some()
     c = call(weights, dims, views_of(weights))
-    (sigma, vectors), (exact, same) = c.iterate(0), ops.reference_power_iteration(*c.exact().iteration(), 0)
+    (sigma, vectors), (exact, same) = c.iterate(0), ops.fallback.power_iteration(*c.exact().iteration(), 0)
     assert off(sigma, exact) <= 1e-6
     assert torch.equal(vectors.double(), same)
 
@@ -164,7 +165,7 @@ def test_a_weight_alone_and_among_others_has_the_same_bits():
     outputs, mean = c.rescale(sigma, vectors)
     at = 0
     for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
-        size = ops._vector_size(w, dim, 3)
+        size = checks.vector_size(w, dim, 3)
         u, v = c.u[2 * i : 2 * i + 2], c.v[2 * i : 2 * i + 2]
         alone = Call([w], [dim], [3], u, v, [], [-1], c.factors[:1], c.dtypes[:1])
         own_sigma, own_vectors = alone.iterate()
@@ -201,7 +202,7 @@ def test_rows_of_several_tiles_whose_positions_are_no_power_of_two():
     weights = [torch.randn(1, 200, 3, 3), torch.randn(5, 50, 7), torch.randn(3, 100, 3, 3).half()]
     c = call(weights, [0, 0, 0], 3)
     sigma, vectors = c.iterate()
-    exact_sigma, exact = ops.reference_power_iteration(*c.exact().iteration(), 1)
+    exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
     assert off(sigma, exact_sigma) <= 1e-6
     assert off(vectors, exact) <= 1e-6
 
@@ -210,7 +211,7 @@ def test_kernels_of_many_positions():
     weights = [torch.randn(6, 4, 41), torch.randn(4, 3, 5, 5, 5), torch.randn(3, 2, 32, 16)]
     c = call(weights, [0, 0, 0], 3)
     sigma, vectors = c.iterate()
-    exact_sigma, exact = ops.reference_power_iteration(*c.exact().iteration(), 1)
+    exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
     assert off(sigma, exact_sigma) <= 1e-6
     assert off(vectors, exact) <= 1e-6
 
@@ -240,7 +241,7 @@ def test_where_every_product_is_zero_the_old_vector_moves_the_other():
         v.zero_()
         v[-1] = 1
     sigma, vectors = c.iterate()
-    exact_sigma, exact = ops.reference_power_iteration(*c.exact().iteration(), 1)
+    exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
     assert off(vectors, exact) <= 1e-6
     assert off(sigma, exact_sigma) <= 1e-6
 
@@ -273,7 +274,7 @@ def test_vectors_stay_finite_at_any_size_and_right_while_the_norm_has_room(size)
 
 def test_kernels_with_more_positions_than_a_tile_are_served_by_the_reference():
     c = call([torch.randn(2, 3, 50, 50)], [0], 3)
-    found, plain = c.iterate(), ops.reference_power_iteration(*c.iteration(), 1)
+    found, plain = c.iterate(), ops.fallback.power_iteration(*c.iteration(), 1)
     assert all(map(torch.equal, found, plain))
 
 
@@ -284,7 +285,7 @@ def test_a_factor_that_a_float32_has_no_room_for():
 
 
 def test_counters_are_zero_again_after_every_launch():
-    from fastsn.kernels import memory
+    from fastsn.triton import memory
 
     weights, dims = some()
     c = call(weights, dims, 3)
@@ -297,7 +298,7 @@ def test_counters_are_zero_again_after_every_launch():
 
 
 def test_weights_that_move_are_found_again_and_few_tables_are_kept(monkeypatch):
-    from fastsn.kernels import memory
+    from fastsn.triton import memory
 
     monkeypatch.setattr(memory, "_TABLES", 2)
     c = call([torch.randn(6, 4, 3)], [0], 3)
@@ -322,7 +323,7 @@ class Counted:
 
 @pytest.mark.parametrize("layers", [1, 20])
 def test_any_number_of_layers_is_two_launches_forward_and_two_backward(layers, monkeypatch):
-    from fastsn.kernels import power_iteration, rescale
+    from fastsn.triton import power_iteration, rescale
 
     seen: list[object] = []
     kernels = {power_iteration: ("iterate", "reduce"), rescale: ("rescale", "inner_products", "gradient")}
@@ -337,7 +338,7 @@ def test_any_number_of_layers_is_two_launches_forward_and_two_backward(layers, m
 
 
 def test_weights_with_many_blocks_take_one_launch_more(monkeypatch):
-    from fastsn.kernels import power_iteration
+    from fastsn.triton import power_iteration
 
     seen: list[object] = []
     for name in ("iterate", "reduce"):
@@ -378,7 +379,7 @@ def test_a_network_trains_as_on_the_reference():
 def test_a_single_view_of_a_kernel(bits):
     weights, dims = table()
     c = call(weights, dims, bits)
-    exact_sigma, exact = ops.reference_power_iteration(*c.exact().iteration(), 2)
+    exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 2)
     sigma, vectors = c.iterate(2)
     assert off(sigma, exact_sigma) <= 1e-6
     assert off(vectors, exact) <= 1e-6
@@ -386,7 +387,7 @@ def test_a_single_view_of_a_kernel(bits):
 
 def test_float64_is_served_by_the_reference():
     c = call([torch.randn(4, 3, 3, dtype=torch.float64)], [0], 3)
-    found, exact = c.iterate(), ops.reference_power_iteration(*c.iteration(), 1)
+    found, exact = c.iterate(), ops.fallback.power_iteration(*c.iteration(), 1)
     assert all(map(torch.equal, found, exact))
     assert found[0].dtype == torch.float64
 

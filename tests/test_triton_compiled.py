@@ -14,7 +14,7 @@ from conftest import ON
 
 pytest.importorskip("triton")
 
-from fastsn.kernels.settings import REGISTERS
+from fastsn.triton.settings import REGISTERS
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 pytestmark = pytest.mark.skipif(ON != "", reason="compiled already by the tests on the CPU")
@@ -86,8 +86,8 @@ def test_loops_over_tiles_stay_short_and_read_four_floats_at_a_time(needs, name)
         assert all(number <= bound for number, bound in zip(measured, bounds, strict=True)), (measured, bounds)
 
 
-def test_whole_lists_compile_as_the_jit_specialises_them():
-    script = Path(__file__).parent / "specialised.py"
+def test_whole_lists_compile_as_the_jit_specializes_them():
+    script = Path(__file__).parent / "specialized.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

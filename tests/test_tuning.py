@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastsn.kernels import launch, settings
-from fastsn.kernels.settings import DEFAULT, Settings
+from fastsn.triton import launch, settings
+from fastsn.triton.settings import DEFAULT, Settings
 
 GPU = torch.device("cuda", 0)
 

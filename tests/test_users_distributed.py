@@ -90,7 +90,7 @@ def test_row_36_no_number_comes_to_the_host_in_a_step(training, scope, impl):
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.filterwarnings("ignore")  # numpy's, in the interpreter
 def test_row_36_launching_the_kernels_of_a_gpu_asks_for_no_number():
-    from fastsn.kernels import launch
+    from fastsn.triton import launch
 
     c = call([torch.randn(4, 3, 3), torch.randn(5, 6)], [0, 0], 3, "tensor")
     with Counted("aten") as counted:

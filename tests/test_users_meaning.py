@@ -35,7 +35,7 @@ def operator(weight: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize("kernel", [1, 2, 3])
 def test_row_30_the_norm_of_the_reshape_bounds_that_of_the_convolution(variant, kernel):
     """max(σ_out, σ_in) <= the operator's norm <= sqrt(K) · min(σ_out, σ_in) for K kernel positions; so the operator's
-    norm is at least 1 after normalisation, and not 1 unless K is."""
+    norm is at least 1 after normalization, and not 1 unless K is."""
     layer = fastsn.spectral_norm(nn.Conv2d(2, 3, kernel, dtype=torch.float64), n_power_iterations=500, variant=variant)
     weight = layer.weight.detach()
     out, into = norm_of(weight), norm_of(weight.transpose(0, 1))
@@ -72,7 +72,7 @@ def test_row_31_output_channels_of_transposed_convolutions_are_dimension_1(dims,
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", ["Conv2d", "ConvTranspose2d"])
-def test_row_32_groups_are_normalised_together_as_in_torch(kind, impl):
+def test_row_32_groups_are_normalized_together_as_in_torch(kind, impl):
     """The norm of the weight as it is stored bounds that of each group, whose own is smaller."""
     found = []
     for wrap in (TORCH, lambda m: fastsn.spectral_norm(m, impl=impl)):
@@ -145,7 +145,7 @@ def test_row_34_a_fixed_scale_is_the_norm_that_comes_out(scale):
         layer = fastsn.SSNLinear(6, 5, scale=scale).eval()
         layer.weight.data = size * torch.randn(5, 6)
         fastsn.warm_up(layer, 500)
-        assert norm_of(layer.normalised()[0]) == pytest.approx(scale, rel=1e-5)
+        assert norm_of(layer.normalized()[0]) == pytest.approx(scale, rel=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -93,8 +93,8 @@ def test_row_14_autocast_reaches_the_result_and_not_the_iteration(impl, dtype):
     assert all(torch.equal(a, b) for a, b in zip(inside.buffers(), outside.buffers(), strict=True))
     assert {b.dtype for b in inside.buffers()} == {torch.float32}
     with torch.autocast("cpu", dtype=dtype):
-        halves = [inside[0].eval().normalised()[0], inside[1].eval().weight]
-    for half, full in zip(halves, [outside[0].eval().normalised()[0], outside[1].eval().weight], strict=True):
+        halves = [inside[0].eval().normalized()[0], inside[1].eval().weight]
+    for half, full in zip(halves, [outside[0].eval().normalized()[0], outside[1].eval().weight], strict=True):
         assert torch.equal(half, full.to(dtype))  # rounded once
     fastsn.warm_up(inside, 300)
     assert fastsn.sigmas(inside)["1"].sigma == pytest.approx(top(original(inside[1])), rel=1e-5)
@@ -157,7 +157,7 @@ def test_row_17_foreign_weights_bring_a_warning_and_vectors_of_their_own(build):
     key = "weight" if isinstance(ours, fastsn.SNLinear) else "parametrizations.weight.original"
     with pytest.warns(UserWarning, match="no u and v"):
         ours.load_state_dict({key: weight}, strict=False)
-    assert 1 <= top(ours.normalised()[0] if key == "weight" else ours.weight) < 1.1
+    assert 1 <= top(ours.normalized()[0] if key == "weight" else ours.weight) < 1.1
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])

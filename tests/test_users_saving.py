@@ -77,7 +77,7 @@ def test_row_23_warm_up_repairs_vectors_of_any_length(build, length):
     fastsn.warm_up(model, 200)
     assert all(float(vector.norm()) == pytest.approx(1, abs=1e-5) for vector in model.buffers())
     last = model[2].eval()
-    weight = last.normalised()[0] if build is layers else last.weight
+    weight = last.normalized()[0] if build is layers else last.weight
     assert top(weight) == pytest.approx(1, abs=1e-4)
 
 
@@ -149,7 +149,7 @@ def test_row_25_old_and_new_checkpoints_of_torch_load_into_one_another():
         torch.testing.assert_close(converted.eval()(x), expected)
 
 
-def test_row_26_initialising_a_layer_works_as_on_any_other():
+def test_row_26_initializing_a_layer_works_as_on_any_other():
     """On the drop-in, as on torch's, the weight is a result: its ``original`` is what can be drawn."""
     for wrap in (TORCH, fastsn.spectral_norm):
         layer = wrap(nn.Linear(6, 5))
@@ -161,8 +161,8 @@ def test_row_26_initialising_a_layer_works_as_on_any_other():
         nn.init.orthogonal_(weight)
         expected = weight.detach().clone()  # all of its singular values are 1
         fastsn.warm_up(layer.eval())
-        normalised = layer.normalised()[0] if isinstance(layer, fastsn.SNLinear) else layer.weight
-        torch.testing.assert_close(normalised.detach(), expected, rtol=1e-5, atol=1e-6)
+        normalized = layer.normalized()[0] if isinstance(layer, fastsn.SNLinear) else layer.weight
+        torch.testing.assert_close(normalized.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_row_26_reset_parameters_redraws_the_weight_and_brings_u_and_v_along():
@@ -265,11 +265,11 @@ def test_row_29_lazy_layers_are_refused_by_name():
 
 
 @pytest.mark.parametrize("build", [layers, parametrized])
-def test_row_29_materialised_from_meta_a_model_is_warmed_up(build):
+def test_row_29_materialized_from_meta_a_model_is_warmed_up(build):
     """``to_empty`` leaves garbage in u and v, here the worst."""
     with torch.device("meta"):
         model = build()
-    with pytest.raises(ValueError, match="got a meta tensor: materialise the model first"):
+    with pytest.raises(ValueError, match="got a meta tensor: materialize the model first"):
         fastsn.warm_up(model)
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -279,4 +279,4 @@ def test_row_29_materialised_from_meta_a_model_is_warmed_up(build):
             parameter.normal_()
     fastsn.warm_up(model, 300)
     last = model[2].eval()
-    assert top(last.normalised()[0] if build is layers else last.weight) == pytest.approx(1, abs=1e-4)
+    assert top(last.normalized()[0] if build is layers else last.weight) == pytest.approx(1, abs=1e-4)

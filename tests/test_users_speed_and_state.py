@@ -107,9 +107,9 @@ def test_row_03_all_shapes_at_once_equal_each_alone():
     model = nn.ModuleList(case.build("BSN") for case in cases)
     alone = copy.deepcopy(model)
     with fastsn.step(model):
-        together = [layer.normalised()[0] for layer in model]
+        together = [layer.normalized()[0] for layer in model]
     for layer, w, case in zip(alone, together, cases, strict=True):
-        assert torch.equal(layer.normalised()[0], w), case
+        assert torch.equal(layer.normalized()[0], w), case
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), alone.buffers(), strict=True))
 
 

@@ -39,7 +39,7 @@ DIFFERENT = {
         "self.assertTrue('weight_u' in m._buffers)": _PLACE,
         "self.assertTrue('weight_v' in m._buffers)": _PLACE,
         "self.assertEqual(m.weight_orig.storage(), m.weight.storage())": (
-            "before the first forward the hook shows W as layer.weight, a parametrization always the normalised weight"
+            "before the first forward the hook shows W as layer.weight, a parametrization always the normalized weight"
         ),
         "with self.assertRaisesRegex(RuntimeError, 'register two spectral_norm hooks'):": (
             "the second is torch's own hook over a parametrization: a KeyError, as over torch's parametrization"
@@ -58,7 +58,7 @@ DIFFERENT = {
             "self.assertEqual(out3_eval, snm(inp))",
         ),
         "for an old checkpoint the test reads layer.weight: under a parametrization, torch's too, this is a use and "
-        "iterates, so that u and the normalised weight in that checkpoint do not belong to each other",
+        "iterates, so that u and the normalized weight in that checkpoint do not belong to each other",
     ),
     "test_spectral_norm_pickle": {
         "RuntimeError: Serialization of parametrized modules is only supported through state_dict(). See:": (

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastsn
-from rank_jobs import assert_same_gradients, batches, digest, network, normalised
+from rank_jobs import assert_same_gradients, batches, digest, network, normalized
 from sharded_jobs import shardable, sharded
 
 
@@ -52,7 +52,7 @@ def other_seeds(rank: int, synced: bool) -> list[str]:
         optimizer.zero_grad()
         ddp(batches(dist.get_world_size(), torch.float32, i)[rank, 0]).square().mean().backward()
         optimizer.step()
-        found.append(digest(normalised(model)))
+        found.append(digest(normalized(model)))
     return found
 
 

@@ -24,7 +24,7 @@ class Numbers:
     and one of the generator."""
 
     norm: Norm = "sn"
-    """How the discriminator is normalised: its weights by their spectral norm (sn), two of them (bsn), either times a
+    """How the discriminator is normalized: its weights by their spectral norm (sn), two of them (bsn), either times a
     constant (ssn, bssn), by the norm of a convolution as an operator (sn_conv), row by row (wn); the outputs of its
     convolutions (ln, bn); weights that are clipped, or orthonormal at the start and by a penalty."""
     scale: float = 1.0

@@ -216,7 +216,7 @@ def _wide(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _batch_norm_stays(generator: nn.Module) -> Iterator[None]:
-    """Batches are normalised by their own statistics, and the running ones do not move."""
+    """Batches are normalized by their own statistics, and the running ones do not move."""
     found = [m for m in generator.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     try:
         for module in found:

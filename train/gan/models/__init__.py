@@ -15,7 +15,7 @@ def build(config: Numbers, channels: int, classes: int = 0) -> tuple[nn.Module, 
     """Generator and discriminator on the CPU, drawn from the seed without touching the global random state. ``classes``
     is 0 for data without labels.
 
-    The weights have a generator of their own, so that every normalisation starts from the same ones.
+    The weights have a generator of their own, so that every normalization starts from the same ones.
 
     Raises:
         ValueError: a conditional config without classes.

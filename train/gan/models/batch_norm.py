@@ -10,7 +10,7 @@ from gan import distributed, group_mean
 
 
 class _Grouped(nn.modules.batchnorm._BatchNorm):
-    """torch's batch norm; in training, the batch of all ranks is ``groups`` equal contiguous parts, each normalised by
+    """torch's batch norm; in training, the batch of all ranks is ``groups`` equal contiguous parts, each normalized by
     its own mean and variance:
 
         y = (x - mean) / sqrt(var + eps) * weight + bias

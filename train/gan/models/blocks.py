@@ -84,7 +84,7 @@ def _repeated(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0)
 
 
-def initialise(net: nn.Module, draw: torch.Generator) -> None:
+def initialize(net: nn.Module, draw: torch.Generator) -> None:
     """Weights Glorot uniform, U(-a, a) with a = gain sqrt(6 / (fan_in + fan_out)), with the gain sqrt(2) in the 3x3
     convolutions of blocks and 1 elsewhere; biases 0."""
     residual = [conv for m in net.modules() if isinstance(m, DownBlock | UpBlock) for conv in (m.conv1, m.conv2)]

@@ -31,8 +31,8 @@ class Generator(nn.Module):
         a, b, c, d = _widths(config.width)
         side = config.image_size // 8
         self.start, features = (d, side, side), d * side**2
-        normalised = [BatchNorm1d(features, config.bn_groups), nn.ReLU()] if config.architecture == "bsn" else []
-        self.dense = nn.Sequential(nn.Linear(config.latent, features), *normalised)
+        normalized = [BatchNorm1d(features, config.bn_groups), nn.ReLU()] if config.architecture == "bsn" else []
+        self.dense = nn.Sequential(nn.Linear(config.latent, features), *normalized)
         self.convs = nn.Sequential(
             *(layer for i, o in ((d, c), (c, b), (b, a)) for layer in _up(i, o, config.bn_groups)),
             nn.ConvTranspose2d(a, channels, 3, stride=1, padding=1),
@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
     """Images (N, channels, size, size) to scores (N, 1).
 
     Seven convolutions 64, 64, 128, 128, 256, 256, 512 (3x3 stride 1 and 4x4 stride 2 by turns; the last one times
-    last_width), each leaky ReLU 0.1, then a linear layer, all normalised. Convolutions truncated normal 0.02, linear
+    last_width), each leaky ReLU 0.1, then a linear layer, all normalized. Convolutions truncated normal 0.02, linear
     N(0, 0.02), biases 0. Labels are not used.
     """
 

@@ -15,7 +15,7 @@ from gan import norms
 from gan.config import Numbers
 from gan.models import labels as given
 from gan.models.batch_norm import BatchNorm2d, ConditionalBatchNorm2d
-from gan.models.blocks import FLAVOURS, DownBlock, UpBlock, initialise
+from gan.models.blocks import FLAVOURS, DownBlock, UpBlock, initialize
 
 EMBEDDED = 128  # channels of the labels of a concat discriminator
 
@@ -83,7 +83,7 @@ class Generator(nn.Module):
         )
         self.norm = plain(rest[-1])
         self.to_image = nn.Conv2d(rest[-1], channels, 3, padding=1)
-        initialise(self, draw)
+        initialize(self, draw)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.classes:
@@ -97,8 +97,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, channels, size, size), and labels (N,) where it is conditional, to scores (N, 1).
 
-    Blocks, ReLU, sum over pixels h (N, C), a linear layer, all normalised. projection: plus <e(y), h>, with e(y) the
-    row of label y in a normalised table (classes, C). concat: rows of a normalised table (classes, 128) are channels,
+    Blocks, ReLU, sum over pixels h (N, C), a linear layer, all normalized. projection: plus <e(y), h>, with e(y) the
+    row of label y in a normalized table (classes, C). concat: rows of a normalized table (classes, 128) are channels,
     alike at all pixels, beside those of a block in the middle.
 
     Raises ValueError for labels that are missing or of another shape, and in evaluation for those that are no class.
@@ -121,7 +121,7 @@ class Discriminator(nn.Module):
         self.linear = make.linear(i, 1, bias=plan.head_bias)
         if config.conditional == "projection":
             self.embedding = make.embedding(classes, i)
-        initialise(self, draw)
+        initialize(self, draw)
         norms.start(self, config, channels, draw)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -108,6 +108,6 @@ def layers_of(discriminator: nn.Module) -> dict[str, nn.Module]:
 
 
 def _used(layer: nn.Module) -> Tensor:
-    """Layers whose weight is not the parameter itself have a method ``normalised``: weight and bias of a forward."""
-    weight: Tensor = layer.normalised()[0] if hasattr(layer, "normalised") else layer.weight
+    """Layers whose weight is not the parameter itself have a method ``normalized``: weight and bias of a forward."""
+    weight: Tensor = layer.normalized()[0] if hasattr(layer, "normalized") else layer.weight
     return weight

@@ -23,34 +23,34 @@ def unit_rows(weight: Tensor) -> Tensor:
 class WNConv2d(nn.Conv2d):
     """Convolution with ``unit_rows`` of the weight; the bias as it is."""
 
-    def normalised(self) -> tuple[Tensor, Tensor | None]:
+    def normalized(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a forward."""
         return unit_rows(self.weight), self.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, *self.normalised())
+        return self._conv_forward(input, *self.normalized())
 
 
 class WNLinear(nn.Linear):
     """Linear layer with ``unit_rows`` of the weight; the bias as it is."""
 
-    def normalised(self) -> tuple[Tensor, Tensor | None]:
+    def normalized(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a forward."""
         return unit_rows(self.weight), self.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, *self.normalised())
+        return F.linear(input, *self.normalized())
 
 
 class WNEmbedding(nn.Embedding):
     """Table of ``unit_rows``."""
 
-    def normalised(self) -> tuple[Tensor, None]:
+    def normalized(self) -> tuple[Tensor, None]:
         """The table of a forward."""
         return unit_rows(self.weight), None
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.normalised()[0])
+        return F.embedding(input, self.normalized()[0])
 
 
 class LNConv2d(nn.Conv2d):

@@ -77,9 +77,9 @@ class OperatorConv2d(nn.Conv2d):
         if self._v is None or input.shape[1:] != self._v.shape[1:]:
             seen = "none yet" if self._v is None else tuple(self._v.shape[1:])
             raise ValueError(f"input must have the size that see() was given, {seen}, got {tuple(input.shape[1:])}")
-        return self._conv_forward(input, *self.normalised())
+        return self._conv_forward(input, *self.normalized())
 
-    def normalised(self) -> tuple[Tensor, Tensor | None]:
+    def normalized(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a forward. In training, outside of ``held``, u and v advance."""
         if self._held is None:
             return self._fresh(), self.bias

@@ -1,5 +1,5 @@
-"""Initialisation of modules that are normalised already: what ``model.apply(fn)`` and ``reset_parameters`` write into a
-normalised tensor becomes the tensor that is normalised. By itself it would be lost with W̄, which is made anew for each
+"""Initialization of modules that are normalized already: what ``model.apply(fn)`` and ``reset_parameters`` write into a
+normalized tensor becomes the tensor that is normalized. By itself it would be lost with W̄, which is made anew for each
 use, as under torch's parametrization."""
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fastsn.model.sites import evaluated
 from fastsn.norm import SpectralNorm
-from fastsn.sites import evaluated
 
 
-def initialisable(module: nn.Module) -> None:
+def initializable(module: nn.Module) -> None:
     """Give a parametrized module, whose class is its own or that of its copies, methods that see to it. An ``apply`` of
     the user's own, which means something else, stays."""
     kind: Any = type(module)
@@ -41,7 +41,7 @@ def _keeping(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _kept(module: nn.Module) -> Iterator[None]:
-    """Serve one W̄ of each normalised tensor for the block. Where something has been written into it, store that; bring
+    """Serve one W̄ of each normalized tensor for the block. Where something has been written into it, store that; bring
     u and v to what has changed."""
     # Inside of another such block, that one sees to it.
     served = {x: _Served(chain) for x, chain in _chains(module).items() if "forward" not in chain.__dict__}
@@ -105,7 +105,7 @@ class _Served:
             setattr(module, tensor, self._value.detach())  # each parametrization is asked for what gives it
         except (NotImplementedError, RuntimeError) as error:
             where = f"{type(module).__name__}.{tensor}"
-            raise RuntimeError(f"{where} cannot be initialised by what it is to become: {error}") from error
+            raise RuntimeError(f"{where} cannot be initialized by what it is to become: {error}") from error
 
 
 def _chains(module: nn.Module) -> dict[str, ParametrizationList]:

@@ -15,9 +15,9 @@ import torch
 import triton.testing
 from torch import Tensor
 
-from fastsn.kernels import iteration_calls, rescale_calls, settings
-from fastsn.kernels.plan import Run
-from fastsn.kernels.settings import Settings
+from fastsn.triton import iteration_calls, rescale_calls, settings
+from fastsn.triton.plan import Run
+from fastsn.triton.settings import Settings
 
 # What is tried, one after the other, each from the best so far.
 CANDIDATES: tuple[dict[str, Any], ...] = (

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsn import ops
 from fastsn.backends import triton
+from fastsn.ops import checks, fallback
+from fastsn.ops.schema import DTYPE_CODES, LIBRARY
 
 _KNOWN = 1024  # lists of arguments that are remembered
 _ELEMENTS, _POSITIONS = 1 << 31, 2048  # beyond which the reference serves
@@ -29,17 +30,17 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "power_iteration": Kernel(ops.check_iteration, ops.reference_power_iteration),
-    "power_iteration_": Kernel(ops.check_iteration, ops.reference_power_iteration_),
-    "rescale": Kernel(ops.check_rescale, ops.reference_rescale, scales_at=1),
-    "rescale_backward": Kernel(ops.check_backward, ops.reference_rescale_backward, weights_at=2, scales_at=3),
+    "power_iteration": Kernel(checks.check_iteration, fallback.power_iteration),
+    "power_iteration_": Kernel(checks.check_iteration, fallback.power_iteration_),
+    "rescale": Kernel(checks.check_rescale, fallback.rescale, scales_at=1),
+    "rescale_backward": Kernel(checks.check_backward, fallback.rescale_backward, weights_at=2, scales_at=3),
 }
 
 
 def register() -> None:
     """Called once, by the package."""
     for name in KERNELS:
-        ops.LIBRARY.impl(name, implementation(name, _served), "CUDA")  # type: ignore[no-untyped-call]
+        LIBRARY.impl(name, implementation(name, _served), "CUDA")  # type: ignore[no-untyped-call]
 
 
 def _served(device: torch.device) -> bool:
@@ -88,14 +89,14 @@ def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
     for x in tensors:
         if x.device != device:
             raise ValueError(f"all must be on {device} as weights[0], got shape {list(x.shape)} on {x.device}")
-    wide = isinstance(arguments[-1], list | tuple) and ops.DTYPE_CODES[torch.float64] in arguments[-1]
+    wide = isinstance(arguments[-1], list | tuple) and DTYPE_CODES[torch.float64] in arguments[-1]
     wide = wide or any(x.dtype == torch.float64 for x in tensors)
     if wide or any(_too_large(w) for w in arguments[kernel.weights_at]):
         return kernel.plain
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a step must have run once, as it is, before it is captured into a CUDA graph")
-    launch = importlib.import_module("fastsn.kernels.launch")
-    on_change = importlib.import_module("fastsn.kernels.settings").on_change
+    launch = importlib.import_module("fastsn.triton.launch")
+    on_change = importlib.import_module("fastsn.triton.settings").on_change
     if _prepared.clear not in on_change:
         on_change.append(_prepared.clear)
     return launch.prepared(name, arguments)  # type: ignore[no-any-return]

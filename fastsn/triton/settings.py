@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastsn.kernels.arrangement import Arrangement
+from fastsn.triton.arrangement import Arrangement
 
 
 def power_of_two(n: int) -> int:
@@ -82,7 +82,7 @@ class Settings:
     # Blocks that are added at a time, and of how many columns: 16 floats per thread.
     group: int = 64
     columns: int = 64
-    vector: int = 4096  # elements of a vector that are normalised at a time: 16 per thread, in float64 where multiplied
+    vector: int = 4096  # elements of a vector that are normalized at a time: 16 per thread, in float64 where multiplied
     # Elements that a program of the kernels of rescaling goes through, in steps of a tile.
     chunk: int = 8192
     rescale_warps: int = 4
@@ -109,7 +109,7 @@ class Settings:
 
     @property
     def finish(self) -> tuple[int, int, int]:
-        """The tile sizes of the part that adds up and normalises."""
+        """The tile sizes of the part that adds up and normalizes."""
         return self.group, self.columns, self.vector
 
     @property

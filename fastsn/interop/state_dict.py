@@ -1,4 +1,4 @@
-"""convert_state_dict: checkpoints of one spectral normalisation for models that use another."""
+"""convert_state_dict: checkpoints of one spectral normalization for models that use another."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn import layouts
-from fastsn.layouts import LAYOUTS, Entry
-from fastsn.transcribe import transcribe
+from fastsn.interop import layouts
+from fastsn.interop.layouts import LAYOUTS, Entry
+from fastsn.interop.transcribe import transcribe
 
 # Where torch's hook keeps its version in a module's metadata. Without it, loading computes v anew.
 _HOOK, _VERSION = "spectral_norm", ".version"
@@ -22,7 +22,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
     r"""A state dict with every spectral norm in it stored as another implementation stores it.
 
     ================ ==================================================================================================
-    ``to``           keys of a normalised tensor, behind the module's prefix
+    ``to``           keys of a normalized tensor, behind the module's prefix
     ================ ==================================================================================================
     ``"torch"``      ``parametrizations.weight.original``, ``.0._u``, ``.0._v``: torch's parametrization,
                      ``fastsn.spectral_norm`` (the latter also ``.0._u_in``, ``.0._v_in``, ``.0.scale``)
@@ -44,7 +44,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
     - The dimension of output channels is the one whose sizes u and v have; among several, the one for which u and v
       belong to each other; with u alone, the first.
     - To "fastsn", u and v in half precision become float32.
-    - BigGAN and mimicry normalise u at every use; here it is brought to length 1 where they did not. They also iterate
+    - BigGAN and mimicry normalize u at every use; here it is brought to length 1 where they did not. They also iterate
       in evaluation without storing it, so their sigma is half a power iteration ahead until u has converged. Further
       singular values of BigGAN (``u1``, ``sv1``, ...) are only logged there and are not carried over.
     - A scale that is a number is in no state dict, nor is the variant: the new module has to be built with them.

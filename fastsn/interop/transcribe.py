@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsn import checks, jobs, reference, views
-from fastsn.layouts import Entry, Found, Layout
+from fastsn.interop.layouts import Entry, Found, Layout
 from fastsn.norm import WARM_UP_ITERATIONS
 
 _PAIRS = {"out": ("u", "v"), "in": ("u_in", "v_in")}
@@ -24,7 +24,7 @@ def transcribe(entry: Entry, state: Mapping[str, Tensor], target: Layout) -> dic
     """
     source, keys = entry.layout, entry.keys
     first, *_ = names = list(keys.values())
-    if entry.others:  # what is normalised is not the tensor that is stored
+    if entry.others:  # what is normalized is not the tensor that is stored
         if source is target:
             return {}
         others = ", ".join(map(repr, entry.others))

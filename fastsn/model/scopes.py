@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fastsn import checks, jobs, serving
-from fastsn.jobs import Normalised
+from fastsn.jobs import Normalized
+from fastsn.model.sites import Site, sites, weights
 from fastsn.serving import Hold
-from fastsn.sites import Site, sites, weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class step:
-    """Normalise every weight once for the whole block; each use in it is served the same W̄.
+    """Normalize every weight once for the whole block; each use in it is served the same W̄.
 
     ::
 
@@ -31,7 +31,7 @@ class step:
             loss = -D(G(z)).mean()
 
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
-    them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalised
+    them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalized
     anew with the block's vectors (changes through ``.data`` and by torch's fused optimizers are not seen: end the block
     before ``optimizer.step()``). All uses share one graph, so call ``backward`` once (or keep the graph). Of nested
     steps the inner one counts; one that an exception leaves has ended.
@@ -57,7 +57,7 @@ class step:
     def __enter__(self) -> None:
         if self._release is not None:
             raise RuntimeError("a step can be entered once, got a second time: call fastsn.step(model) for each block")
-        self._release = _normalise_all(self._model, self._advance)
+        self._release = _normalize_all(self._model, self._advance)
 
     def __exit__(self, *_: object) -> None:
         assert self._release is not None
@@ -65,7 +65,7 @@ class step:
 
 
 def fuse(model: Module) -> Module:
-    """From now on each forward of the model normalises all of its weights in one call, as inside a ``step``.
+    """From now on each forward of the model normalizes all of its weights in one call, as inside a ``step``.
 
     ::
 
@@ -73,7 +73,7 @@ def fuse(model: Module) -> Module:
         loss = hinge(D(real), D(fake))             # one power iteration per layer and forward
 
     In training mode u and v advance once per forward of the model, also those of layers that the forward uses several
-    times or not at all. Layers that are called on their own normalise as before. Inside a ``step``, and inside the
+    times or not at all. Layers that are called on their own normalize as before. Inside a ``step``, and inside the
     forward of a larger fused model, all is served from there. ``model.forward(x)`` passes the hooks by, as in torch.
     The class, the parameters and the state dict stay; copies, pickles and replicas are fused too; ``fold`` undoes it.
 
@@ -124,7 +124,7 @@ def _enter(model: nn.Module, _: Any) -> None:
         call = sys._getframe(1)
         if _entered.stack:
             _release_abandoned(call)
-    _entered.stack.append(_Forward(model, _normalise_all(model, advance=True, only_free=True), call))
+    _entered.stack.append(_Forward(model, _normalize_all(model, advance=True, only_free=True), call))
 
 
 def _release_abandoned(call: FrameType | None) -> None:
@@ -149,7 +149,7 @@ def _leave(model: nn.Module, *_: Any) -> None:
             break
 
 
-def _advise_on_a_second_backward(made: list[Normalised]) -> None:
+def _advise_on_a_second_backward(made: list[Normalized]) -> None:
     """torch's own error knows nothing of steps. A hook of the node costs some microseconds, and all weights of a call
     of the kernels have one node."""
     for node in {node for m in made if (node := m.weight.grad_fn) is not None}:
@@ -173,7 +173,7 @@ class _Advice:
             self._freed = not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _normalise_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
+def _normalize_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
     """One call for all weights, or for those that this thread does not hold already; returns what ends it."""
     groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor, Hold | None]]] = {}
     begin, run_again, here = serving.nodes(), serving.run_again(), weights(model)

@@ -15,9 +15,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsn.kernels import memory
-from fastsn.kernels.arrangement import Arrangement, arranged
-from fastsn.kernels.settings import Tiles, vector_width
+from fastsn.triton import memory
+from fastsn.triton.arrangement import Arrangement, arranged
+from fastsn.triton.settings import Tiles, vector_width
 
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # the numbers of the ops

@@ -12,11 +12,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import jobs, layers, variants, views
-from fastsn.initialising import initialisable
-from fastsn.layers import Normalised
+from fastsn.initialization import initializable
+from fastsn.layers import NormalizedLayer
+from fastsn.model.sites import evaluated
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
-from fastsn.sites import evaluated
 
 
 class Place(ABC):
@@ -71,7 +71,7 @@ class Link(Place):
     def settings(self) -> dict[str, Any]:
         if isinstance(self.part, SpectralNorm):
             return _settings(self.part)
-        last = self._place == len(self._chain) - 1 and not isinstance(self.owner, Normalised)
+        last = self._place == len(self._chain) - 1 and not isinstance(self.owner, NormalizedLayer)
         buffers = self.part._buffers  # none for a 1-D tensor
         return {
             "n_power_iterations": getattr(self.part, "n_power_iterations", 1),
@@ -86,16 +86,16 @@ class Link(Place):
         self._chain[self._place] = norm
         brought_up_after_loading(self._chain)
         own_class(self.owner)
-        initialisable(self.owner)
+        initializable(self.owner)
 
 
 class Layer(Place):
     """The norm of a fastsn layer."""
 
     part: SpectralNorm
-    owner: Normalised
+    owner: NormalizedLayer
 
-    def __init__(self, name: str, owner: Normalised) -> None:
+    def __init__(self, name: str, owner: NormalizedLayer) -> None:
         self.part = owner.spectral_norm
         super().__init__("fastsn's layer", name, owner, "weight")
 
@@ -128,14 +128,14 @@ class Plain(Place):
 
     def obstacle(self) -> str | None:
         if callable(getattr(type(self.owner), "weight", None)):
-            return "its weight is a method, as in quantised modules"
+            return "its weight is a method, as in quantized modules"
         if parametrize.is_parametrized(self.owner, "weight"):
             return None
         weight = self.owner._parameters.get("weight", self.owner._buffers.get("weight"))
         if weight is None:
             return "its weight is no parameter: a hook makes it, as the old weight_norm does"
         if not (weight.dtype.is_floating_point or weight.dtype.is_complex):
-            return f"its weight is {weight.dtype}, as in quantised modules"
+            return f"its weight is {weight.dtype}, as in quantized modules"
         return None
 
     def weight(self) -> Tensor:
@@ -156,7 +156,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     if parametrize.is_parametrized(owner, tensor):
         chain_of(owner, tensor).append(norm.train(owner.training))
         brought_up_after_loading(chain_of(owner, tensor))
-        initialisable(owner)
+        initializable(owner)
         return
     own_class(owner)
     # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
@@ -166,7 +166,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     chain = chain_of(owner, tensor)
     chain.original, chain.unsafe = original, False
     brought_up_after_loading(chain)
-    initialisable(owner)
+    initializable(owner)
 
 
 def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:

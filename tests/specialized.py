@@ -1,5 +1,5 @@
 """Launches of whole lists through Triton's real JIT, with a driver that stands in for that of an sm_90 GPU: everything
-up to the launch itself, so that arguments are specialised as they will be. Prints the kernels, one per line, with what
+up to the launch itself, so that arguments are specialized as they will be. Prints the kernels, one per line, with what
 they were compiled to.
 
 Run apart from the tests: there the kernels are made for the interpreter.
@@ -46,7 +46,7 @@ class Compiled:
 
 
 def run(shapes: list[tuple[int, ...]], dims: list[int], n: int, dtype: torch.dtype, scale: str = "float") -> None:
-    from fastsn.kernels import launch
+    from fastsn.triton import launch
     from op_calls import call
 
     c = call([torch.randn(shape).to(dtype) for shape in shapes], dims, 3, scale)
@@ -59,7 +59,7 @@ def run(shapes: list[tuple[int, ...]], dims: list[int], n: int, dtype: torch.dty
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    from fastsn.kernels import power_iteration, rescale, settings
+    from fastsn.triton import power_iteration, rescale, settings
 
     kernels = {
         power_iteration: ("iterate", "reduce"),

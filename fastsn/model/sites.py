@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks
-from fastsn.layers import Normalised
+from fastsn.layers import NormalizedLayer
 from fastsn.norm import SpectralNorm
 
 
@@ -61,7 +61,7 @@ def evaluated(chain: ParametrizationList, count: int | None = None, held: bool =
 def sites(model: nn.Module) -> list[Site]:
     """Every norm of the model once, in the order of ``named_modules``.
 
-    A training step asks for it, and every module of the model, normalised or not, costs it half a microsecond.
+    A training step asks for it, and every module of the model, normalized or not, costs it half a microsecond.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -70,7 +70,7 @@ def sites(model: nn.Module) -> list[Site]:
 
     def visit(module: nn.Module, prefix: str) -> None:
         children = module._modules
-        if isinstance(module, Normalised) or "parametrizations" in children:
+        if isinstance(module, NormalizedLayer) or "parametrizations" in children:
             found.extend(_sites_of(module, prefix))
         for name, child in children.items():
             if child is not None and child not in seen:
@@ -89,7 +89,7 @@ def weights(model: nn.Module, vectors_too: bool = True) -> list[tuple[Site, Tens
         weight, scale = site.weight(), site.norm.scale
         if weight.is_meta:
             raise ValueError(
-                f"weight of {site.where()!r} must have values, got a meta tensor: materialise the model first"
+                f"weight of {site.where()!r} must have values, got a meta tensor: materialize the model first"
             )
         if vectors_too and isinstance(scale, Tensor) and scale.is_meta:
             raise ValueError(f"scale of {site.where()!r} must have values, got a meta tensor")
@@ -108,10 +108,10 @@ def _sites_of(module: nn.Module, prefix: str) -> list[Site]:
     for tensor, chain in chains.items():
         assert isinstance(chain, ParametrizationList)
         parts = [(i, part) for i, part in enumerate(chain._modules.values()) if isinstance(part, SpectralNorm)]
-        several = len(parts) > 1 or (tensor == "weight" and isinstance(module, Normalised))
+        several = len(parts) > 1 or (tensor == "weight" and isinstance(module, NormalizedLayer))
         for depth, (i, part) in enumerate(parts):
             found.append(Site(_name(prefix, tensor, str(i) if several else ""), module, tensor, part, chain, i, depth))
-    if isinstance(module, Normalised):
+    if isinstance(module, NormalizedLayer):
         before, depth = chains.get("weight"), sum(site.tensor == "weight" for site in found)
         assert before is None or isinstance(before, ParametrizationList)
         name = _name(prefix, "weight", "spectral_norm" if depth else "")

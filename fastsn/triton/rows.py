@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsn.kernels.shared import tile
+from fastsn.triton.shared import tile
 
 
 @triton.jit

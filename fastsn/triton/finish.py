@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsn.kernels.shared import exponent_of, power_of_two
+from fastsn.triton.shared import exponent_of, power_of_two
 
 # What a program does, and what is finished when the last one of a weight is done.
 FUSED = tl.constexpr(0)  # both halves: one iteration of a weight whose rows are output channels

@@ -17,12 +17,12 @@ class Layout:
 
     Attributes:
         name: what users call it.
-        tensors: part -> the name behind the module's prefix; {n} is the tensor that is normalised ("weight" where the
+        tensors: part -> the name behind the module's prefix; {n} is the tensor that is normalized ("weight" where the
             layout has no choice), {i} the position among the parametrizations of that tensor.
         is_norm: whether the parts that are there (one besides the weight at least), and the tensor's name, can be
             nothing but a spectral norm.
         spare: pattern of names that it stores too and that say nothing its parts do not: not carried over.
-        row: u is stored as 1 x h and belongs to the rows of ``weight.view(weight.size(0), -1)``; its owner normalises
+        row: u is stored as 1 x h and belongs to the rows of ``weight.view(weight.size(0), -1)``; its owner normalizes
             it at every use, so it may have any length.
         conjugates: right for complex weights.
         wide: u and v are float32 where the weight is in half precision.
@@ -73,7 +73,7 @@ LAYOUTS: dict[str, Layout] = {
             _vectors,
             conjugates=True,
         ),
-        # Before torch 1.0 there was no v, and the normalised weight {n} was stored.
+        # Before torch 1.0 there was no v, and the normalized weight {n} was stored.
         Layout("torch_hook", {"weight": "{n}_orig", "u": "{n}_u", "v": "{n}_v"}, _hooked, spare="{n}"),
         Layout(
             "fastsn",
@@ -82,7 +82,7 @@ LAYOUTS: dict[str, Layout] = {
             conjugates=True,
             wide=True,
         ),
-        # u1, sv1, ...: further singular values, which are logged and normalise nothing.
+        # u1, sv1, ...: further singular values, which are logged and normalize nothing.
         Layout(
             "biggan",
             {"weight": "weight", "u": "u0", "sigma": "sv0"},
@@ -136,7 +136,7 @@ _Place = tuple[str, str, str, str]  # layout, prefix, tensor, position
 
 def find(state: Mapping[str, Tensor], hooked: Iterable[tuple[str, str]] = ()) -> list[Entry]:
     """Every spectral norm of a state dict; ``hooked`` are the (prefix, tensor) that its metadata says torch's hook
-    normalises."""
+    normalizes."""
     declared: set[_Place] = {("torch_hook", prefix, tensor, "0") for prefix, tensor in hooked}
     places: dict[_Place, dict[str, str]] = {place: {} for place in declared}
     for key in state:

@@ -1,4 +1,4 @@
-"""Whole networks outside of training: what an inspector or an exporter does with all normalised weights."""
+"""Whole networks outside of training: what an inspector or an exporter does with all normalized weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fastsn import checks, jobs, reference, scopes, views
+from fastsn import checks, jobs, reference, views
 from fastsn.jobs import Job
-from fastsn.layers import Normalised, after_loading
+from fastsn.layers import NormalizedLayer, after_loading
+from fastsn.model import scopes
+from fastsn.model.sites import Site, evaluated, weights
 from fastsn.norm import WARM_UP_ITERATIONS
 from fastsn.parametrize import own_class
-from fastsn.sites import Site, evaluated, weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -65,8 +66,8 @@ def _measure(site: Site, weight: Tensor) -> Tensor:
 def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
     """Bring u and v of every layer to its weight by ``iterations`` power iterations, stored, in any mode.
 
-    For weights that did not come from training with these vectors: loaded without them, re-initialised, averaged,
-    materialised from meta. Vectors that are unusable (non-finite, far from length 1) are drawn anew first. A tensor
+    For weights that did not come from training with these vectors: loaded without them, re-initialized, averaged,
+    materialized from meta. Vectors that are unusable (non-finite, far from length 1) are drawn anew first. A tensor
     ``scale`` that was on meta has to be set like the weights.
 
     Returns:
@@ -127,10 +128,10 @@ def fold(model: Module) -> Module:
     found = [site for site, _ in weights(model)]
     checks.has_norms(found, "model")
     for site in found:
-        if isinstance(site.owner, Normalised) and "variant" not in type(site.owner).__dict__:
+        if isinstance(site.owner, NormalizedLayer) and "variant" not in type(site.owner).__dict__:
             raise TypeError(f"model has {type(site.owner).__name__} at {site.name!r}, a subclass that cannot be folded")
     for owner, tensor in dict.fromkeys((site.owner, site.tensor) for site in found):
-        if isinstance(owner, Normalised):
+        if isinstance(owner, NormalizedLayer):
             _fold_layer(owner)
         else:
             _fold_parametrization(owner, tensor)
@@ -138,7 +139,7 @@ def fold(model: Module) -> Module:
     return model
 
 
-def _fold_layer(layer: Normalised) -> None:
+def _fold_layer(layer: NormalizedLayer) -> None:
     norm = layer.spectral_norm
     weight, bias = norm.evaluate(layer.weight), getattr(layer, "bias", None)
     if layer.scale_bias and bias is not None:

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
+from fastsn.interop.places import Place, chain_of, register
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import follows_autocast
-from fastsn.places import Place, chain_of, register
 
 _OF_STATE_DICTS = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 

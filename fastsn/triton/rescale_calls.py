@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsn.kernels import memory
-from fastsn.kernels import rescale as kernels
-from fastsn.kernels.arrangement import arranged, arrangement
-from fastsn.kernels.plan import DTYPES, TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
-from fastsn.kernels.settings import Settings, current, vector_width
+from fastsn.triton import memory
+from fastsn.triton import rescale as kernels
+from fastsn.triton.arrangement import arranged, arrangement
+from fastsn.triton.plan import DTYPES, TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
+from fastsn.triton.settings import Settings, current, vector_width
 
 _SETTLED = 1024  # chunks whose sums are added at a time
 _SCALED = 128  # weights whose derivatives by a scale are added at a time

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsn.kernels.finish import (
+from fastsn.triton.finish import (
     ACCUMULATE,
     BLOCKS,
     COLUMNS,
@@ -32,8 +32,8 @@ from fastsn.kernels.finish import (
     gather,
     state_of,
 )
-from fastsn.kernels.rows import accumulate_by_position, accumulate_flat, local_by_position, local_flat
-from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two
+from fastsn.triton.rows import accumulate_by_position, accumulate_flat, local_by_position, local_flat
+from fastsn.triton.shared import exponent_of, last_to_arrive, power_of_two
 
 
 @triton.jit

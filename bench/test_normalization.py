@@ -1,4 +1,4 @@
-"""Normalising all weights of a network: every workload, forward, forward + backward, evaluation, every contestant."""
+"""Normalizing all weights of a network: every workload, forward, forward + backward, evaluation, every contestant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TURNS = [
 
 
 @pytest.mark.parametrize(("workload", "case", "name"), TURNS)
-def test_normalisation(benchmark, workload, case, name):
+def test_normalization(benchmark, workload, case, name):
     try:
         step = comparison.step(workload, case, name)
     except AssertionError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsn.kernels.shared import exponent_of, last_to_arrive, power_of_two, tile
+from fastsn.triton.shared import exponent_of, last_to_arrive, power_of_two, tile
 
 # Columns of the tables, one row of int64 per weight.
 WEIGHT = tl.constexpr(0)  # W; backward: W̄, or W where the scale is a tensor

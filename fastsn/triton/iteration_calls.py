@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn.kernels import memory
-from fastsn.kernels import power_iteration as kernels
-from fastsn.kernels.arrangement import arranged
-from fastsn.kernels.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
-from fastsn.kernels.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
-from fastsn.kernels.settings import Settings, current
+from fastsn.triton import memory
+from fastsn.triton import power_iteration as kernels
+from fastsn.triton.arrangement import arranged
+from fastsn.triton.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
+from fastsn.triton.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
+from fastsn.triton.settings import Settings, current
 
 _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
 

@@ -14,10 +14,10 @@ from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, variants
-from fastsn.hooks import Hook, hooks_of
-from fastsn.layers import Normalised
+from fastsn.interop.places import Layer, Link, Place, Plain
+from fastsn.interop.torch_hook import Hook, hooks_of
+from fastsn.layers import NormalizedLayer
 from fastsn.norm import SpectralNorm
-from fastsn.places import Layer, Link, Place, Plain
 from fastsn.variants import Variant
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -50,7 +50,7 @@ def convert(
         skip: what is to be left as it is: a module's name, several, or a function (name, module) -> bool. Each stands
             for the module and everything in it.
 
-    Left alone as well: ScriptModules and quantised modules, subclasses of torch's and fastsn's classes, norms outside
+    Left alone as well: ScriptModules and quantized modules, subclasses of torch's and fastsn's classes, norms outside
     any chain of parametrizations, a tensor that more than one old hook makes or whose weight is complex under the old
     hook (where torch is wrong), and weights that are no parameter because a hook makes them (the old weight_norm).
     ``logging.getLogger("fastsn")`` says at level INFO what was done with each tensor, and why not.
@@ -128,11 +128,11 @@ def _find(model: nn.Module, variant: str | None) -> _Found:
     if not (found.places or found.fixed):
         if variant is None:
             raise ValueError(
-                "model must have a spectral norm, got one without: pass variant= to normalise all of its Linear, "
+                "model must have a spectral norm, got one without: pass variant= to normalize all of its Linear, "
                 "convolution and transposed convolution layers"
             )
-        quantised = [module for _, module in modules if callable(getattr(type(module), "weight", None))]
-        plain = [Plain(name, module) for name, module in modules if isinstance(module, _PLAIN) or module in quantised]
+        quantized = [module for _, module in modules if callable(getattr(type(module), "weight", None))]
+        plain = [Plain(name, module) for name, module in modules if isinstance(module, _PLAIN) or module in quantized]
         found = _Found([*plain], [])
         if not plain:
             raise ValueError("model must have a spectral norm or a Linear or convolution layer, got one without")
@@ -160,7 +160,7 @@ def _norms(modules: list[tuple[str, nn.Module]]) -> _Found:
             if isinstance(chain, ParametrizationList):
                 links = [i for i, part in enumerate(chain) if isinstance(part, TorchNorm | SpectralNorm)]
                 places += [Link(name, module, tensor, chain, i) for i in links]
-        if isinstance(module, Normalised):
+        if isinstance(module, NormalizedLayer):
             places.append(Layer(name, module))
         placed.update(place.part for place in places if place.part is not None)
         found.places.extend(places)

@@ -56,14 +56,14 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
         The same model.
 
     Raises:
-        RuntimeError: torch.distributed is missing or not initialised.
+        RuntimeError: torch.distributed is missing or not initialized.
         TypeError: ``model`` is not a module.
         ValueError: this rank is not in the group; or, on every rank, models that differ or have no norms of fastsn, or
             vectors on the meta device. No vector has moved.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            "sync needs an initialised torch.distributed: call torch.distributed.init_process_group on every rank first"
+            "sync needs an initialized torch.distributed: call torch.distributed.init_process_group on every rank first"
         )
     _check_module(model, "model")
     if dist.get_rank(group) < 0:
@@ -91,7 +91,7 @@ def _check_alike(everyones: list[list[_Entry]]) -> None:
     for rank, theirs in enumerate(everyones):
         for entry in theirs:
             if entry.device == "meta":
-                raise ValueError(f"{entry.name} must have values, got a meta tensor on rank {rank}: materialise it")
+                raise ValueError(f"{entry.name} must have values, got a meta tensor on rank {rank}: materialize it")
         for first, other in zip_longest(everyones[0], theirs):
             if first != other:
                 raise ValueError(
