@@ -96,7 +96,7 @@ def _iterate(m: Tensor, u: Tensor, v: Tensor, n: int, v_first: bool) -> tuple[Te
 
 
 def sigmas(weights: Sequence[Tensor], vectors: Sequence[Vectors]) -> list[Sigmas]:
-    """u^H M v of every view, differentiable in the weight. Right after an iteration it is the norm of the last product."""
+    """u^H M v of every view, differentiable in the weight. After an iteration: the norm of the last product."""
     return [
         {view: _sigma(matrix(w, view), u, v) for view, (u, v) in state.items()}
         for w, state in zip(weights, vectors, strict=True)
