@@ -11,15 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from fastsn import checks, jobs, loading, reference, serving, variants, views
+from fastsn import checks, loading, normalize, recompute, reference, torch_private, variants, views, weight_cache
 from fastsn.backends import available, chosen
 from fastsn.exporting import refuse_onnx
-from fastsn.holds import Holds
-from fastsn.jobs import Job, Normalized
+from fastsn.normalize import WeightSpec
 from fastsn.reference import Sigmas, Vectors
-from fastsn.serving import Hold
+from fastsn.weight_cache import CachedWeight
 
 WARM_UP_ITERATIONS = 15  # what torch spends at construction
 
@@ -60,7 +58,7 @@ class SpectralNorm(nn.Module):
     """
 
     scale: float | Tensor
-    holds: Holds
+    cached: list[CachedWeight]  # of the steps and fused forwards that last, the newest last
 
     def __init__(
         self,
@@ -93,7 +91,7 @@ class SpectralNorm(nn.Module):
         self.follows_autocast = follows_autocast
         given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.views: tuple[str, ...] = ()
-        self.holds = Holds()
+        self.cached = []
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik, wide = views.as_oik(weight.detach(), self.dim), reference.wide(weight.dtype)
@@ -106,7 +104,7 @@ class SpectralNorm(nn.Module):
                     self.register_buffer(name, vector.to(wide))
             fresh = {view: pair for view, pair in self.vectors().items() if view not in given}
             if fresh and not weight.is_meta:
-                jobs.iterate([self.job(weight)._replace(vectors=fresh)], WARM_UP_ITERATIONS)
+                normalize.batch(self.spec(weight)._replace(vectors=fresh)).iterate(WARM_UP_ITERATIONS)
 
     def _draw(self, vector: Tensor) -> Tensor:
         return F.normalize(vector.normal_(0, 1), dim=0)
@@ -124,18 +122,27 @@ class SpectralNorm(nn.Module):
         if self.ndim == 1:
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
-        hold = self.holds.in_force()
-        if hold is not None:
-            return hold.serve(weight, self.scale, self._out_dtype(weight))
+        compiling = torch.compiler.is_compiling()
+        if not compiling and recompute.replaying():
+            checks.weight(weight, "weight")
+            return weight_cache.make(self.spec(weight)._replace(vectors=recompute.replay(self)))
+        if self.cached:
+            cached = weight_cache.in_force(self.cached, compiling)
+            if not compiling and recompute.recording():
+                recompute.record(self, cached.vectors, cached.position)
+            return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
         checks.weight(weight, "weight")
-        job, begin = self.job(weight), serving.nodes()
-        normalized = jobs.normalize([job], self.rounds(), self.training)[0]
-        self.holds.remember(normalized.fixed, job, begin)
-        return normalized.weight
+        if not compiling and recompute.in_backward():
+            return weight_cache.make(self.spec(weight))
+        with recompute.unseen_by_checkpoints():
+            (normalized,), vectors = normalize.batch(self.spec(weight)).normalize(self.rounds(), self.training)
+        if not compiling and recompute.recording():
+            recompute.record(self, vectors, 0)
+        return normalized
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """scale * tensor, in the tensor's dtype."""
-        return tensor * (jobs.saveable(self.scale).reshape(()) if isinstance(self.scale, Tensor) else self.scale)
+        return tensor * (normalize.saveable(self.scale).reshape(()) if isinstance(self.scale, Tensor) else self.scale)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Assigning to a parametrized tensor stores the value as it is, as torch does."""
@@ -150,18 +157,18 @@ class SpectralNorm(nn.Module):
         """How many power iterations a use costs in this mode."""
         return self.n_power_iterations if self.training else 0
 
-    def job(self, weight: Tensor) -> Job:
+    def spec(self, weight: Tensor) -> WeightSpec:
         """The weight with everything that normalizes it, in the dtype that is asked for now."""
-        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        if torch_private.tracing_state() is not None or torch.compiler.is_compiling():
             refuse_onnx(weight, self.impl, self.training)
         scale = self.scale
         if isinstance(scale, Tensor):
             checks.scale_beside(weight, scale)
-        return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
+        return WeightSpec(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
 
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""
-        with jobs.no_autocast(weight):
+        with normalize.no_autocast(weight):
             return reference.sigmas([self._oik(weight)], [self.vectors()])[0]
 
     def measure_untracked(self, weight: Tensor, view: str, iterations: int = 30) -> Tensor:
@@ -169,17 +176,17 @@ class SpectralNorm(nn.Module):
         oik, draw = self._oik(weight), torch.Generator("cpu").manual_seed(0)
         start = [torch.randn(n, generator=draw, device="cpu").to(oik.device) for n in views.vector_sizes(oik, view)]
         vectors: list[Vectors] = [{view: (start[0], start[1])}]
-        with jobs.no_autocast(weight):
+        with normalize.no_autocast(weight):
             return reference.sigmas([oik], reference.power_iteration([oik], vectors, iterations))[0][view]
 
     def evaluate(self, weight: Tensor) -> Tensor:
         """What evaluation mode returns outside any step and autocast, whatever the mode: not a use, nothing moves."""
-        with jobs.no_autocast(weight):
-            return self(weight) if weight.ndim == 1 else jobs.normalize([self.job(weight)], 0, False)[0].weight
+        with normalize.no_autocast(weight):
+            return self(weight) if weight.ndim == 1 else normalize.normalize(self.spec(weight), 0, False)[0]
 
     def peek(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
-        return self(weight) if self.holds.in_force() is not None else self.evaluate(weight)
+        return self(weight) if self.cached else self.evaluate(weight)
 
     @torch.no_grad()
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS, only: Sequence[str] | None = None) -> None:
@@ -195,25 +202,19 @@ class SpectralNorm(nn.Module):
                 vector.copy_(self._draw(vector))
         if wanted:
             vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
-            jobs.iterate([Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl)], iterations)
-
-    def hold(self, normalized: Normalized, job: Job, begin: int, shared: bool) -> Callable[[], None]:
-        """Serve every later use from these vectors without iterating, until the returned function is called: this W̄
-        while it is right, one made anew where it is not. The newest hold counts; holds may end in any order.
-        ``begin``: ``serving.nodes()`` before it was made; ``shared``: see ``Holds``."""
-        hold = Hold(normalized.fixed, job, begin, normalized.weight)
-        self.holds.open(hold, shared)
-        return lambda: self.holds.close(hold)
+            spec = WeightSpec(weight, self.dim, vectors, 1.0, weight.dtype, self.impl)
+            normalize.batch(spec).iterate(iterations)
 
     def _oik(self, weight: Tensor) -> Tensor:
         return views.as_oik(weight, self.dim)
 
     def _out_dtype(self, weight: Tensor) -> torch.dtype:
-        if not (self.follows_autocast and jobs.autocast_is_on(weight.device.type)):
+        if not (self.follows_autocast and normalize.autocast_is_on(weight.device.type)):
             return weight.dtype
         castable = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        cached = getattr(parametrize, "_cache_enabled", 0)  # parametrize.cached() would serve one dtype to every reader
-        return torch.get_autocast_dtype(weight.device.type) if castable and not cached else weight.dtype
+        if not castable or torch_private.parametrizations_are_cached():
+            return weight.dtype
+        return torch.get_autocast_dtype(weight.device.type)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
         before = dict(self._buffers)
@@ -252,7 +253,7 @@ class SpectralNorm(nn.Module):
         if not any(key == layer or key.startswith(tuple(chains)) for key in missing):
             loading.warn(missing, owner, ("u", "v") if "out" in lacking else ("u_in", "v_in"), WARM_UP_ITERATIONS)
             value = weight()
-            if not (value.is_meta or hasattr(value, "_local_tensor")):
+            if not (value.is_meta or torch_private.is_sharded(value)):
                 self.warm_up(value, only=lacking)
             if lacking == ["in"]:  # a checkpoint of a variant without this view, which has all that it can have
                 own = {prefix + name for name in _BUFFERS["in"]}
@@ -261,11 +262,11 @@ class SpectralNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.
-        return {**self.__dict__, "holds": Holds()}
+        return {**self.__dict__, "cached": []}
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
         replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.holds = self.holds.of_everyone()
+        replica.cached = [each.of_every_thread() for each in self.cached]
         return replica
 
     def extra_repr(self) -> str:
@@ -287,7 +288,7 @@ class SpectralNorm(nn.Module):
             return f"{self.scale:.6g}"
         if self.scale.is_meta:
             value = "meta"
-        elif hasattr(self.scale, "_local_tensor"):  # FSDP's: its value takes all ranks, and one of them may print alone
+        elif torch_private.is_sharded(self.scale):  # FSDP's: its value takes all ranks, and one of them may print alone
             value = "sharded"
         else:
             value = f"{float(self.scale.detach()):.6g}"

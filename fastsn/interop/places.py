@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fastsn import jobs, layers, variants, views
+from fastsn import layers, normalize, variants, views
 from fastsn.initialization import initializable
 from fastsn.layers import NormalizedLayer
 from fastsn.model.sites import evaluated
@@ -178,7 +178,7 @@ def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:
 
 def _evaluated(chain: ParametrizationList, count: int | None = None) -> Tensor:
     original = next(itertools.chain(chain.parameters(recurse=False), chain.buffers(recurse=False)))
-    with jobs.no_autocast(original):
+    with normalize.no_autocast(original):
         return evaluated(chain, count)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsn import checks, jobs, reference, views
+from fastsn import checks, normalize, reference, views
 from fastsn.interop.layouts import Entry, Found, Layout
 from fastsn.norm import WARM_UP_ITERATIONS
 
@@ -37,7 +37,7 @@ def transcribe(entry: Entry, state: Mapping[str, Tensor], target: Layout) -> dic
     if source is target and all(part in found for part in target.tensors if part in ("u", "v", "sigma")):
         return {}
     _refuse(entry, found, target)
-    with jobs.no_autocast(found["weight"]):
+    with normalize.no_autocast(found["weight"]):
         parts = _parts(entry, found, dims, target)
     replaced: dict[str, dict[str, Tensor]] = {key: {} for key in (*names, *entry.spare)}
     for part, tensor in parts.items():

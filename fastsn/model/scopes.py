@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsn import checks, jobs, serving
-from fastsn.jobs import Normalized
-from fastsn.model.sites import Site, sites, weights
-from fastsn.serving import Hold
+from fastsn import checks, plan, recompute, torch_private, weight_cache
+from fastsn.model.sites import sites
+from fastsn.norm import SpectralNorm
+from fastsn.plan import Group
+from fastsn.weight_cache import CachedWeight
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,9 +37,9 @@ class step:
     before ``optimizer.step()``). All uses share one graph, so call ``backward`` once (or keep the graph). Of nested
     steps the inner one counts; one that an exception leaves has ended.
 
-    Activation checkpointing, reentrant or not: a region that backward runs again, inside the block or after it, gets
-    the vectors of its own forward, without another iteration. A norm remembers 16 steps, or forwards of a fused model,
-    or uses of its own; a backward that needs more says so by a warning.
+    Activation checkpointing: in a backward no norm iterates. A region that backward runs again gets the vectors of the
+    step that it runs in, outside of any step the stored ones: those of its forward, unless other forwards have come
+    between or ``advance`` is False. ``fastsn.recompute`` is for these.
 
     Threads: a step counts in the thread that has opened it, and in those that have opened none, as the threads of
     ``DataParallel`` and of ``backward``.
@@ -57,7 +58,7 @@ class step:
     def __enter__(self) -> None:
         if self._release is not None:
             raise RuntimeError("a step can be entered once, got a second time: call fastsn.step(model) for each block")
-        self._release = _normalize_all(self._model, self._advance)
+        self._release = _open(self._model, self._advance, fused=False)
 
     def __exit__(self, *_: object) -> None:
         assert self._release is not None
@@ -124,7 +125,7 @@ def _enter(model: nn.Module, _: Any) -> None:
         call = sys._getframe(1)
         if _entered.stack:
             _release_abandoned(call)
-    _entered.stack.append(_Forward(model, _normalize_all(model, advance=True, only_free=True), call))
+    _entered.stack.append(_Forward(model, _open(model, advance=True, fused=True), call))
 
 
 def _release_abandoned(call: FrameType | None) -> None:
@@ -149,10 +150,10 @@ def _leave(model: nn.Module, *_: Any) -> None:
             break
 
 
-def _advise_on_a_second_backward(made: list[Normalized]) -> None:
+def _advise_on_a_second_backward(made: list[Tensor]) -> None:
     """torch's own error knows nothing of steps. A hook of the node costs some microseconds, and all weights of a call
     of the kernels have one node."""
-    for node in {node for m in made if (node := m.weight.grad_fn) is not None}:
+    for node in {node for w in made if (node := w.grad_fn) is not None}:
         node.register_prehook(_Advice())
 
 
@@ -170,47 +171,53 @@ class _Advice:
                 "(fastsn.fuse(model) needs none), or give all backward calls but the last one retain_graph=True"
             )
         if not torch.compiler.is_compiling():  # compiled autograd would see a call that it cannot trace
-            self._freed = not torch._C._autograd._get_current_graph_task_keep_graph()
+            self._freed = not torch_private.keeps_graph()
 
 
-def _normalize_all(model: nn.Module, advance: bool, only_free: bool = False) -> Callable[[], None]:
-    """One call for all weights, or for those that this thread does not hold already; returns what ends it."""
-    groups: dict[tuple[int, int, bool], list[tuple[Site, Tensor, Hold | None]]] = {}
-    begin, run_again, here = serving.nodes(), serving.run_again(), weights(model)
-    if not only_free:
-        checks.has_norms(here, "model")
-    for site, weight in here:
-        norm = site.norm
-        if not norm.views or (only_free and norm.holds.of_this_thread()):  # a 1-D weight has no vectors to share
-            continue
-        again = norm.holds.of_the_forward() if run_again else None
-        if again is None and only_free:  # its vectors, but not its graph, which the other thread's backward frees
-            again = norm.holds.of_another_thread()
-        rounds = norm.rounds() if again is None else 0
-        groups.setdefault((site.depth, rounds, advance and rounds > 0), []).append((site, weight, again))
-    releases: list[Callable[[], None]] = []
+def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
+    """One call for all weights; for a ``fused`` forward, for those that this thread does not hold already. Returns what
+    ends it."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and recompute.replaying():
+        return _nothing  # the vectors of each use are known
+    runs_again = not compiling and recompute.in_backward()
+    thread = None if compiling else threading.get_ident()
+    opened: list[tuple[SpectralNorm, CachedWeight]] = []
 
     def release() -> None:
-        for each in reversed(releases):
-            each()
+        for norm, cached in reversed(opened):
+            norm.cached.pop() if compiling else norm.cached.remove(cached)
 
     try:
-        for (depth, rounds, store), found in sorted(groups.items(), key=lambda group: group[0]):
-            # W̄ is made here, in one call, not at the first use. What lies behind other norms is asked for again, now
-            # that those hold.
-            todo = []
-            with serving.hidden_from_checkpoints():
-                for site, weight, again in found:
-                    job = site.norm.job(site.weight() if depth else weight)
-                    todo.append(job if again is None else job._replace(vectors=again.vectors()))
-                made = jobs.normalize(todo, rounds, store)
-            if not (only_free or torch.compiler.is_compiling()):
-                _advise_on_a_second_backward(made)
-            releases += [
-                s.norm.hold(w, job, begin, shared=not only_free)
-                for (s, _, _), w, job in zip(found, made, todo, strict=True)
-            ]
+        for group in plan.groups(model):
+            for part in _parts(group) if fused else [group]:
+                rounds = 0 if runs_again else part.rounds
+                for batch, positions in part.batches():
+                    with recompute.unseen_by_checkpoints():
+                        made, vectors = batch.normalize(rounds, advance and rounds > 0)
+                    if not (fused or compiling):
+                        _advise_on_a_second_backward(made)
+                    for i, (position, weight) in enumerate(zip(positions, made, strict=True)):
+                        cached = CachedWeight(batch.specs[i], weight, vectors, i, thread, not fused, compiling)
+                        part.norms[position].cached.append(cached)
+                        opened.append((part.norms[position], cached))
     except BaseException:
         release()
         raise
     return release
+
+
+def _nothing() -> None:
+    pass
+
+
+def _parts(group: Group) -> list[Group]:
+    """Of a group, what a fused forward has to normalize: not what this thread has in a step already; with the vectors
+    of another thread's step, but not its graph, which that thread's backward frees; the rest as it is."""
+    if not any(norm.cached for norm in group.norms):
+        return [group]
+    free = [i for i, norm in enumerate(group.norms) if not weight_cache.of_this_thread(norm.cached)]
+    steps = {i: weight_cache.of_a_step(group.norms[i].cached) for i in free}
+    own = [i for i in free if steps[i] is None]
+    found = {i: step.vectors.of(step.position) for i, step in steps.items() if step is not None}
+    return [part for part in (group.some(own), group.some(list(found), found)) if part.norms]

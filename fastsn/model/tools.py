@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fastsn import checks, jobs, reference, views
-from fastsn.jobs import Job
+from fastsn import checks, normalize, reference, views
 from fastsn.layers import NormalizedLayer, after_loading
 from fastsn.model import scopes
 from fastsn.model.sites import Site, evaluated, weights
@@ -102,7 +101,9 @@ def advance(model: Module, rounds: int = 1) -> Module:
     for depth in sorted({site.depth for site, _ in found}):
         # What lies behind other norms is asked for again, now that those have moved.
         here = [(s.norm, s.weight() if depth else w) for s, w in found if s.depth == depth and s.norm.views]
-        jobs.iterate([Job(w, norm.dim, norm.vectors(), 1.0, w.dtype, norm.impl) for norm, w in here], rounds)
+        specs = [norm.spec(w)._replace(scale=1.0, dtype=w.dtype) for norm, w in here]
+        for batch, _ in normalize.batches(specs):
+            batch.iterate(rounds)
     return model
 
 

@@ -1,0 +1,218 @@
+"""Weights to normalize, in lists: who computes them, and one call of the ops for all that one call can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsn import ops, reference, torch_private, views
+from fastsn.backends import chosen
+from fastsn.reference import Vectors
+
+
+class WeightSpec(NamedTuple):
+    """A weight and all that normalizes it.
+
+    ``dim``: the dimension of output channels; ``vectors``: (u, v) by view, which are updated in place; ``dtype``: that
+    of W̄; ``v_first``: the order of the two halves of an iteration.
+    """
+
+    weight: Tensor
+    dim: int
+    vectors: Vectors
+    scale: float | Tensor
+    dtype: torch.dtype
+    impl: str = "auto"
+    v_first: bool = False
+
+
+class UsedVectors:
+    """The vectors that a call normalized its weights with: private copies, which the next forward does not overwrite.
+
+    ``stored``: the vectors of each weight; with ``flat`` only their sizes count, and the values are in there, end to
+    end. Of the weights nothing is kept: vectors outlive the graphs that weights may have.
+    """
+
+    __slots__ = ("_flat", "_stored")
+
+    def __init__(self, stored: Sequence[Vectors], flat: Tensor | None = None) -> None:
+        self._stored, self._flat = stored, flat
+
+    def of(self, position: int) -> Vectors:
+        """Those of the weight at this position in the call."""
+        if self._flat is None:
+            return self._stored[position]
+        own = self._stored[position]
+        sizes = [x.numel() for each in self._stored[: position + 1] for pair in each.values() for x in pair]
+        parts = torch.split(self._flat[: sum(sizes)], sizes)[-2 * len(own) :]
+        return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(own)}
+
+
+class Batch:
+    """Weights that one call takes: of one implementation, one device and one dtype of sums."""
+
+    def __init__(self, specs: Sequence[WeightSpec]) -> None:
+        self.specs = specs
+
+    def iterate(self, n: int) -> None:
+        """``n`` power iterations, stored."""
+        raise NotImplementedError
+
+    def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
+        """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
+        raise NotImplementedError
+
+
+class KernelBatch(Batch):
+    """Of the C++ or the Triton kernels: the arguments of the list ops."""
+
+    def __init__(self, specs: Sequence[WeightSpec]) -> None:
+        super().__init__(specs)
+        self.weights = [spec.weight for spec in specs]
+        self.stored = [spec.vectors for spec in specs]
+        self.u: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.scales: list[Tensor] = []
+        view_masks, scale_index, scale_factor = [], [], []
+        for spec in specs:
+            mask = 0
+            for view, (u, v) in spec.vectors.items():
+                self.u.append(u)
+                self.v.append(v)
+                mask += ops.VIEW_BITS[view]
+            view_masks.append(mask)
+            if isinstance(spec.scale, Tensor):
+                known = next((i for i, scale in enumerate(self.scales) if scale is spec.scale), len(self.scales))
+                self.scales += [spec.scale] * (known == len(self.scales))
+                scale_index.append(known)
+                scale_factor.append(1.0)
+            else:
+                scale_index.append(-1)
+                scale_factor.append(spec.scale)
+        dims, dtypes = [spec.dim for spec in specs], [ops.DTYPE_CODES[spec.dtype] for spec in specs]
+        self._iteration = (dims, view_masks)
+        self._rescale = (dims, view_masks, scale_index, scale_factor, dtypes)
+
+    def iterate(self, n: int) -> None:
+        """``n`` power iterations, stored."""
+        ops.power_iteration_(self.weights, self.u, self.v, *self._iteration, n)
+
+    def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
+        """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
+        iterated = ops.power_iteration_ if store and n else ops.power_iteration
+        sigma, vectors = iterated(self.weights, self.u, self.v, *self._iteration, n)
+        scales = [saveable(scale) for scale in self.scales]
+        outputs, _ = ops.rescale(self.weights, scales, sigma, vectors, *self._rescale)
+        wanted = [requires_grad(spec.weight, spec.scale) for spec in self.specs]
+        if not all(wanted):  # an op gives all of its results a graph as soon as one needs it
+            outputs = [w if own else w.detach() for w, own in zip(outputs, wanted, strict=True)]
+        return outputs, UsedVectors(self.stored, vectors)
+
+
+class ReferenceBatch(Batch):
+    """Of the reference: differentiated by torch itself, to any order and by its transforms."""
+
+    def iterate(self, n: int) -> None:
+        """``n`` power iterations, stored."""
+        _iterated(self.specs, n, True)
+
+    def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
+        """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
+        specs, vectors = self.specs, _iterated(self.specs, n, store)
+        with no_autocast(specs[0].weight):
+            # Widened once: the parts of a half-precision gradient are added up before it is rounded.
+            weights = [spec.weight.to(reference.wide(spec.weight.dtype)) for spec in specs]
+            oiks = [views.as_oik(w, spec.dim) for w, spec in zip(weights, specs, strict=True)]
+            scales = [saveable(spec.scale) if isinstance(spec.scale, Tensor) else spec.scale for spec in specs]
+            sigmas = reference.sigmas(oiks, vectors)
+            return reference.rescale(weights, sigmas, scales, [spec.dtype for spec in specs]), UsedVectors(vectors)
+
+
+@torch.no_grad()
+def _iterated(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vectors]:
+    """The reference's vectors after ``n`` rounds: private copies always, as the next forward overwrites the buffers."""
+    if n == 0:
+        return [_copies(spec.vectors) for spec in specs]
+    transformed = torch_private.transforms_active() if not torch.compiler.is_compiling() else False
+    with torch_private.forward_mode(False) if transformed else nullcontext(), no_autocast(specs[0].weight):
+        oiks = [views.as_oik(spec.weight, spec.dim) for spec in specs]
+        orders = [spec.v_first for spec in specs]
+        new = reference.power_iteration(oiks, [spec.vectors for spec in specs], n, v_first=orders)
+    for buffer, vector in _pairs(specs, new) if store else ():
+        if transformed and torch_private.is_batched(buffer):
+            buffer.copy_(vector)
+        else:  # out= also works on captured buffers inside of torch.func's transforms, as torch's own norm does
+            torch.mul(vector, 1, out=buffer)
+    return [_copies(vectors) for vectors in new] if torch.compiler.is_compiling() else new
+
+
+def _pairs(specs: Sequence[WeightSpec], new: Sequence[Vectors]) -> list[tuple[Tensor, Tensor]]:
+    """Each stored vector, and the new one for it."""
+    return [
+        pair
+        for spec, vectors in zip(specs, new, strict=True)
+        for view, found in vectors.items()
+        for pair in zip(spec.vectors[view], found, strict=True)
+    ]
+
+
+def _copies(vectors: Vectors) -> Vectors:
+    """Copies that a compiled graph saves for its backward. What is made element by element it may instead make again
+    there, from the buffers, which the next forward has overwritten by then; a concatenation it never makes twice."""
+    tensors = [x for pair in vectors.values() for x in pair]
+    parts = torch.cat(tensors).split_with_sizes([x.numel() for x in tensors])
+    return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(vectors)}
+
+
+_BATCH: dict[str, type[Batch]] = {"reference": ReferenceBatch, "cpp": KernelBatch, "triton": KernelBatch}
+
+
+def batches(specs: Sequence[WeightSpec]) -> list[tuple[Batch, list[int]]]:
+    """As few batches as there can be, each with the positions of its weights among ``specs``."""
+    kinds: dict[Any, Any] = {}
+    groups: dict[Any, list[int]] = {}
+    for i, spec in enumerate(specs):
+        kind = (spec.impl, spec.weight.device, spec.weight.dtype)
+        if kind not in kinds:
+            kinds[kind] = (chosen(spec.impl, spec.weight), spec.weight.device, reference.wide(spec.weight.dtype))
+        groups.setdefault(kinds[kind], []).append(i)
+    return [(_BATCH[impl]([specs[i] for i in positions]), positions) for (impl, _, _), positions in groups.items()]
+
+
+def batch(spec: WeightSpec) -> Batch:
+    """Of a single weight."""
+    return _BATCH[chosen(spec.impl, spec.weight)]([spec])
+
+
+def normalize(spec: WeightSpec, n: int, store: bool) -> tuple[Tensor, Vectors]:
+    """A single weight's W̄ after ``n`` power iterations, and the vectors that it was made with."""
+    (weight,), used = batch(spec).normalize(n, store)
+    return weight, used.of(0)
+
+
+def requires_grad(weight: Tensor, scale: float | Tensor) -> bool:
+    """Whether W̄ should."""
+    return weight.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
+
+
+def saveable(scale: Tensor) -> Tensor:
+    """A scale that a graph can save: of a buffer a copy. DDP of torch 2.10 and 2.11 writes over buffers before each
+    forward, and the first of two would find what it has saved overwritten."""
+    return scale if scale.requires_grad or not torch.is_grad_enabled() else scale.clone()
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on for a type of device; False where there is no such thing."""
+    # The compiler of torch 2.10 and 2.11 cannot trace the question whether there is: asked only where there may not be.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
+
+
+def no_autocast(weight: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast: iterations never run in a lower precision."""
+    device = weight.device.type
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()

@@ -1,0 +1,165 @@
+"""What a call for all norms of a model needs, found once and kept for as long as nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsn import checks, normalize, torch_private
+from fastsn.model.sites import Site, weights
+from fastsn.norm import SpectralNorm
+from fastsn.normalize import Batch
+from fastsn.reference import Vectors
+
+
+class Group:
+    """Norms that stand behind equally many others and iterate equally often.
+
+    Args:
+        norms: of at least two dimensions; 1-D weights have no vectors, and nothing to share.
+        weights: of each norm its weight, or where it stands if the weight has to be asked for each time, because others
+            make it.
+        rounds: power iterations of a use in training mode.
+        vectors: (u, v) by view of each norm, to be used instead of the stored ones.
+    """
+
+    def __init__(
+        self,
+        norms: Sequence[SpectralNorm],
+        weights: Sequence[Tensor | Site],
+        rounds: int,
+        vectors: Sequence[Vectors] | None = None,
+    ) -> None:
+        self.norms, self.rounds = norms, rounds
+        self._weights, self._vectors = weights, vectors
+        self._batches = self._made() if all(isinstance(x, Tensor) for x in weights) else None
+
+    def batches(self) -> list[tuple[Batch, list[int]]]:
+        """What is called, each with the positions of its norms in the group."""
+        return self._made() if self._batches is None else self._batches
+
+    def some(self, positions: Sequence[int], vectors: Mapping[int, Vectors] | None = None) -> Group:
+        """The norms at these positions; with ``vectors`` by position, they use these and do not iterate."""
+        norms, weights = [self.norms[i] for i in positions], [self._weights[i] for i in positions]
+        if vectors is None:
+            return Group(norms, weights, self.rounds)
+        return Group(norms, weights, 0, [vectors[i] for i in positions])
+
+    def _made(self) -> list[tuple[Batch, list[int]]]:
+        weights = [x if isinstance(x, Tensor) else x.weight() for x in self._weights]
+        specs = [norm.spec(weight) for norm, weight in zip(self.norms, weights, strict=True)]
+        if self._vectors is not None:
+            specs = [spec._replace(vectors=own) for spec, own in zip(specs, self._vectors, strict=True)]
+        return normalize.batches(specs)
+
+
+def groups(model: nn.Module) -> Sequence[Group]:
+    """The groups of a model, in the order in which they are called.
+
+    Raises TypeError or ValueError for a model without norms of fastsn and for weights that cannot be normalized.
+    """
+    if torch.compiler.is_compiling():
+        return _groups(_weights(model))
+    plan: _Plan | None = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
+    if plan is None or not plan.holds_for(model):
+        plan = _Plan(model)
+        model.__dict__[_KEY] = plan
+    return plan.groups
+
+
+_KEY = "_fastsn_plan"  # in the __dict__ of a model
+
+
+def _weights(model: nn.Module) -> list[tuple[Site, Tensor]]:
+    found = weights(model)
+    checks.has_norms(found, "model")
+    return [(site, weight) for site, weight in found if site.norm.views]
+
+
+def _groups(found: Sequence[tuple[Site, Tensor]]) -> list[Group]:
+    together: dict[tuple[int, int], list[tuple[SpectralNorm, Tensor | Site]]] = {}
+    for site, weight in found:
+        kept = weight if _is_stored(site, weight) else site
+        together.setdefault((site.depth, site.norm.rounds()), []).append((site.norm, kept))
+    ordered = sorted(together.items(), key=lambda entry: entry[0])
+    return [Group([norm for norm, _ in own], [x for _, x in own], rounds) for (_, rounds), own in ordered]
+
+
+def _is_stored(site: Site, weight: Tensor) -> bool:
+    """Whether the weight is a Parameter or buffer itself, not made by a parametrization or a hook."""
+    if site.chain is not None and site.place != 0:
+        return False
+    holder, name = _holder(site)
+    return weight is holder._parameters.get(name) or weight is holder._buffers.get(name)
+
+
+def _holder(site: Site) -> tuple[nn.Module, str]:
+    """The module that has the weight, and its name there."""
+    return (site.owner, site.tensor) if site.chain is None else (site.chain, "original")
+
+
+class _Plan:
+    """The groups of a model, and all that they depend on.
+
+    A model has its own in its ``__dict__``. It holds modules and tensors in the model, but not the model, which is thus
+    freed as soon as nobody else holds it. A copy or a pickle of a model has none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = _weights(model)
+        self.groups = _groups(found)
+        self._modules = [module for module in model.modules() if module is not model]
+        self._norms = [site.norm for site, _ in found]
+        holders = [_holder(site) for site, _ in found]
+        self._holders = [(None if holder is model else holder, name) for holder, name in holders]
+        self._devices = list({weight.device.type for _, weight in found})
+        self._state = self._state_of(model)
+        # What the numbers in the state stand for: while it is here, nothing else can have them.
+        self._alive = [[weight for _, weight in found], [list(_tensors(norm)) for norm in self._norms]]
+
+    def holds_for(self, model: nn.Module) -> bool:
+        """Whether nothing has changed."""
+        return self._state == self._state_of(model)
+
+    def _state_of(self, model: nn.Module) -> list[Any]:
+        """The modules, tensors and settings, compared in one pass: some 0.5 microseconds for each norm."""
+        state: list[Any] = [torch_private.transforms_active(), torch_private.parametrizations_are_cached()]
+        state += [
+            torch.get_autocast_dtype(device) if normalize.autocast_is_on(device) else None for device in self._devices
+        ]
+        for module in (model, *self._modules):
+            children = module._modules
+            state.append(len(children))
+            state += map(id, children.values())
+        for holder, name in self._holders:
+            module = model if holder is None else holder
+            weight: Tensor | None = module._parameters.get(name)
+            if weight is None:
+                weight = module._buffers.get(name)
+            state += (id(weight), None, None) if weight is None else (id(weight), weight.dtype, weight.device)
+        for norm in self._norms:
+            settings = norm.__dict__
+            state += (
+                settings["training"],
+                settings["n_power_iterations"],
+                settings["dim"],
+                settings["impl"],
+                settings["follows_autocast"],
+                settings.get("scale"),
+            )
+            state += map(id, _tensors(norm))
+        return state
+
+    def __deepcopy__(self, _: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _tensors(norm: SpectralNorm) -> Iterable[Tensor | None]:
+    """u and v, and a scale that is a tensor."""
+    return (*norm._buffers.values(), *norm._parameters.values())
