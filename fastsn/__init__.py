@@ -44,7 +44,7 @@ from fastsn.model.tools import Sigmas, advance, fold, sigmas, warm_up
 from fastsn.norm import SpectralNorm
 from fastsn.ops import cuda as _cuda
 from fastsn.parametrize import spectral_norm
-from fastsn.recompute import recompute
+from fastsn.recomputation import recompute
 from fastsn.variants import VARIANTS
 
 __version__ = "0.1.0"

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastsn import origin
+from fastsn import origin, torch_private
 
 NAMES = ("auto", "reference", "cpp", "triton")
 
@@ -56,18 +55,18 @@ def chosen(impl: str, weight: Tensor) -> str:
     """
     if impl == "reference":
         return impl
-    device = weight.device
     if impl == "auto":
-        kernels = _DEVICES.get(device.type)
+        kernels = "cpp" if weight.is_cpu else _DEVICES.get(weight.device.type)  # the usual ones are asked no further
         if kernels is None or weight.dtype not in _DTYPES[kernels] or transformed():
             return "reference"
         if kernels == "triton" and torch.version.hip is not None:
             return "reference"  # see fastsn/triton/shared.py, last_to_arrive
-        if _serves(kernels, device.index or 0):
+        if _serves(kernels, 0 if weight.is_cpu else weight.device.index or 0):
             return kernels
         if kernels == "cpp":
             _warn_once()
         return "reference"
+    device = weight.device
     available(impl)
     if _DEVICES.get(device.type) != impl:
         wanted = next(name for name, kernels in _DEVICES.items() if kernels == impl)
@@ -101,13 +100,10 @@ def served_by(impl: str, index: int) -> Backend:
     return _CPP if impl == "cpp" else triton(index)
 
 
+@torch_private.constant_in_graphs
 def _serves(impl: str, index: int) -> bool:
     """The same in a word. A graph that is traced takes the answer, and does not see how Triton is looked for."""
     return served_by(impl, index).available
-
-
-# As torch.compiler.assume_constant_result does, which would import the whole compiler with this package.
-_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -155,9 +151,7 @@ def available(impl: str) -> str:
 
 def transformed() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode differentiation is running."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and torch_private.transforms_active()
 
 
 def _load_cpp() -> Backend:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from fastsn import views
+from fastsn import torch_private, views
 from fastsn.variants import VARIANTS, Variant
 
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -40,7 +40,7 @@ def _whole(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if isinstance(value, UninitializedParameter | UninitializedBuffer):
         raise ValueError(f"{name} must be initialized, got a lazy parameter: run one forward of the module first")
-    if hasattr(value, "_local_tensor"):
+    if torch_private.is_sharded(value):
         raise TypeError(
             f"{name} must be a whole tensor, got a sharded DTensor: gather it first, as FSDP's forward does"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fastsn import torch_private
 from fastsn.model.sites import evaluated
 from fastsn.norm import SpectralNorm
 
@@ -120,7 +121,7 @@ def _chains(module: nn.Module) -> dict[str, ParametrizationList]:
 
 def _has_values(chain: ParametrizationList) -> bool:
     stored = [*chain.parameters(), *chain.buffers()]
-    return not any(x.is_meta or hasattr(x, "_local_tensor") for x in stored)
+    return not any(x.is_meta or torch_private.is_sharded(x) for x in stored)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsn import checks, loading, normalize, recompute, reference, torch_private, variants, views, weight_cache
+from fastsn import checks, loading, normalize, recomputation, reference, torch_private, variants, views, weight_cache
 from fastsn.backends import available, chosen
 from fastsn.exporting import refuse_onnx
 from fastsn.normalize import WeightSpec
@@ -123,21 +123,24 @@ class SpectralNorm(nn.Module):
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
         compiling = torch.compiler.is_compiling()
-        if not compiling and recompute.replaying():
-            checks.weight(weight, "weight")
-            return weight_cache.make(self.spec(weight)._replace(vectors=recompute.replay(self)))
+        region = recomputation.uses if not compiling and recomputation.uses.active else None
+        if region is not None and region.replaying is not None:
+            return weight_cache.make(
+                self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
+            )
         if self.cached:
             cached = weight_cache.in_force(self.cached, compiling)
-            if not compiling and recompute.recording():
-                recompute.record(self, cached.vectors, cached.position)
+            if region is not None:
+                recomputation.record(self, cached.call.vectors, cached.position)
             return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
         checks.weight(weight, "weight")
-        if not compiling and recompute.in_backward():
+        if not compiling and recomputation.in_backward():
             return weight_cache.make(self.spec(weight))
-        with recompute.unseen_by_checkpoints():
-            (normalized,), vectors = normalize.batch(self.spec(weight)).normalize(self.rounds(), self.training)
-        if not compiling and recompute.recording():
-            recompute.record(self, vectors, 0)
+        batch, training = normalize.batch(self.spec(weight)), self.training
+        with recomputation.unseen_by_checkpoints():
+            (normalized,), vectors = batch.normalize(self.n_power_iterations if training else 0, training)
+        if region is not None:
+            recomputation.record(self, vectors, 0)
         return normalized
 
     def scaled(self, tensor: Tensor) -> Tensor:
@@ -209,12 +212,14 @@ class SpectralNorm(nn.Module):
         return views.as_oik(weight, self.dim)
 
     def _out_dtype(self, weight: Tensor) -> torch.dtype:
-        if not (self.follows_autocast and normalize.autocast_is_on(weight.device.type)):
-            return weight.dtype
-        castable = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        if not castable or torch_private.parametrizations_are_cached():
-            return weight.dtype
-        return torch.get_autocast_dtype(weight.device.type)
+        dtype = weight.dtype
+        if not self.follows_autocast or not (torch.compiler.is_compiling() or torch_private.any_autocast()):
+            return dtype
+        device = weight.device.type
+        castable = dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if not castable or not normalize.autocast_is_on(device) or torch_private.parametrizations_are_cached():
+            return dtype
+        return torch.get_autocast_dtype(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
         before = dict(self._buffers)

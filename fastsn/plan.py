@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class Group:
         self._weights, self._vectors = weights, vectors
         self._batches = self._made() if all(isinstance(x, Tensor) for x in weights) else None
 
-    def batches(self) -> list[tuple[Batch, list[int]]]:
-        """What is called, each with the positions of its norms in the group."""
+    def batches(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
+        """What is called, each with its norms."""
         return self._made() if self._batches is None else self._batches
 
     def some(self, positions: Sequence[int], vectors: Mapping[int, Vectors] | None = None) -> Group:
@@ -48,12 +49,12 @@ class Group:
             return Group(norms, weights, self.rounds)
         return Group(norms, weights, 0, [vectors[i] for i in positions])
 
-    def _made(self) -> list[tuple[Batch, list[int]]]:
+    def _made(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
         weights = [x if isinstance(x, Tensor) else x.weight() for x in self._weights]
         specs = [norm.spec(weight) for norm, weight in zip(self.norms, weights, strict=True)]
         if self._vectors is not None:
             specs = [spec._replace(vectors=own) for spec, own in zip(specs, self._vectors, strict=True)]
-        return normalize.batches(specs)
+        return [(batch, [self.norms[i] for i in positions]) for batch, positions in normalize.batches(specs)]
 
 
 def groups(model: nn.Module) -> Sequence[Group]:
@@ -71,6 +72,7 @@ def groups(model: nn.Module) -> Sequence[Group]:
 
 
 _KEY = "_fastsn_plan"  # in the __dict__ of a model
+_settings = itemgetter("training", "n_power_iterations", "dim", "impl", "follows_autocast")
 
 
 def _weights(model: nn.Module) -> list[tuple[Site, Tensor]]:
@@ -111,14 +113,17 @@ class _Plan:
     def __init__(self, model: nn.Module) -> None:
         found = _weights(model)
         self.groups = _groups(found)
-        self._modules = [module for module in model.modules() if module is not model]
+        modules = [module for module in model.modules() if module is not model]
+        self._modules = [module for module in modules if not isinstance(module, SpectralNorm)]
         self._norms = [site.norm for site, _ in found]
         holders = [_holder(site) for site, _ in found]
-        self._holders = [(None if holder is model else holder, name) for holder, name in holders]
+        self._holders = [None if holder is model else holder for holder, _ in holders]
+        self._names = [name for _, name in holders]
+        self._weights = [weight for site, weight in found if _is_stored(site, weight)]
         self._devices = list({weight.device.type for _, weight in found})
         self._state = self._state_of(model)
         # What the numbers in the state stand for: while it is here, nothing else can have them.
-        self._alive = [[weight for _, weight in found], [list(_tensors(norm)) for norm in self._norms]]
+        self._alive = [x for norm in self._norms for x in (*norm._buffers.values(), *norm._parameters.values())]
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
@@ -130,27 +135,17 @@ class _Plan:
         state += [
             torch.get_autocast_dtype(device) if normalize.autocast_is_on(device) else None for device in self._devices
         ]
-        for module in (model, *self._modules):
-            children = module._modules
-            state.append(len(children))
-            state += map(id, children.values())
-        for holder, name in self._holders:
-            module = model if holder is None else holder
-            weight: Tensor | None = module._parameters.get(name)
-            if weight is None:
-                weight = module._buffers.get(name)
-            state += (id(weight), None, None) if weight is None else (id(weight), weight.dtype, weight.device)
-        for norm in self._norms:
-            settings = norm.__dict__
-            state += (
-                settings["training"],
-                settings["n_power_iterations"],
-                settings["dim"],
-                settings["impl"],
-                settings["follows_autocast"],
-                settings.get("scale"),
-            )
-            state += map(id, _tensors(norm))
+        modules, norms = [model, *self._modules], self._norms
+        state += [len(module._modules) for module in modules]
+        state += [id(child) for module in modules for child in module._modules.values()]
+        state += [id(x) for norm in norms for x in norm._buffers.values()]
+        state += [id(x) for norm in norms for x in norm._parameters.values()]  # a scale that is learnt
+        state += [_settings(norm.__dict__) for norm in norms]
+        state += [norm.__dict__.get("scale") for norm in norms]
+        holders = [model if holder is None else holder for holder in self._holders]
+        state += [id(holder._parameters.get(name)) for holder, name in zip(holders, self._names, strict=True)]
+        state += [id(holder._buffers.get(name)) for holder, name in zip(holders, self._names, strict=True)]
+        state += [(weight.dtype, weight.device) for weight in self._weights]  # which .data and .to() change in place
         return state
 
     def __deepcopy__(self, _: dict[int, Any]) -> None:
@@ -158,8 +153,3 @@ class _Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-def _tensors(norm: SpectralNorm) -> Iterable[Tensor | None]:
-    """u and v, and a scale that is a tensor."""
-    return (*norm._buffers.values(), *norm._parameters.values())

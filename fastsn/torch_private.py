@@ -16,6 +16,9 @@ from torch.nn.utils import parametrize
 # run again. torch.utils.checkpoint asks the same.
 backward_id = torch._C._current_graph_task_id
 
+# Whether autocast is on for any type of device: a third of a read of W̄ would be the question for the weight's own.
+any_autocast = torch._C._is_any_autocast_enabled
+
 # Whether the graph of the backward that runs is kept, for an error that says how to keep it.
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastsn import checks, plan, recompute, torch_private, weight_cache
+from fastsn import checks, plan, recomputation, torch_private, weight_cache
 from fastsn.model.sites import sites
 from fastsn.norm import SpectralNorm
 from fastsn.plan import Group
-from fastsn.weight_cache import CachedWeight
+from fastsn.weight_cache import CachedWeight, StepCall
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -178,29 +178,31 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     """One call for all weights; for a ``fused`` forward, for those that this thread does not hold already. Returns what
     ends it."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and recompute.replaying():
+    if not compiling and recomputation.uses.replaying is not None:
         return _nothing  # the vectors of each use are known
-    runs_again = not compiling and recompute.in_backward()
+    runs_again = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
-    opened: list[tuple[SpectralNorm, CachedWeight]] = []
+    opened: list[tuple[Sequence[SpectralNorm], list[CachedWeight]]] = []
 
     def release() -> None:
-        for norm, cached in reversed(opened):
-            norm.cached.pop() if compiling else norm.cached.remove(cached)
+        for norms, cached in reversed(opened):
+            for norm, own in zip(norms, cached, strict=False):
+                norm.cached.pop() if compiling else norm.cached.remove(own)
 
     try:
         for group in plan.groups(model):
             for part in _parts(group) if fused else [group]:
                 rounds = 0 if runs_again else part.rounds
-                for batch, positions in part.batches():
-                    with recompute.unseen_by_checkpoints():
+                for batch, norms in part.batches():
+                    with recomputation.unseen_by_checkpoints():
                         made, vectors = batch.normalize(rounds, advance and rounds > 0)
                     if not (fused or compiling):
                         _advise_on_a_second_backward(made)
-                    for i, (position, weight) in enumerate(zip(positions, made, strict=True)):
-                        cached = CachedWeight(batch.specs[i], weight, vectors, i, thread, not fused, compiling)
-                        part.norms[position].cached.append(cached)
-                        opened.append((part.norms[position], cached))
+                    call = StepCall(vectors, thread, not fused, compiling)
+                    cached = [CachedWeight(call, i, *of) for i, of in enumerate(zip(batch.specs, made, strict=True))]
+                    opened.append((norms, cached))
+                    for norm, own in zip(norms, cached, strict=True):
+                        norm.cached.append(own)
     except BaseException:
         release()
         raise
@@ -219,5 +221,5 @@ def _parts(group: Group) -> list[Group]:
     free = [i for i, norm in enumerate(group.norms) if not weight_cache.of_this_thread(norm.cached)]
     steps = {i: weight_cache.of_a_step(group.norms[i].cached) for i in free}
     own = [i for i in free if steps[i] is None]
-    found = {i: step.vectors.of(step.position) for i, step in steps.items() if step is not None}
+    found = {i: step.vectors() for i, step in steps.items() if step is not None}
     return [part for part in (group.some(own), group.some(list(found), found)) if part.norms]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsn import torch_private
 from fastsn.ops import checks
 from fastsn.ops.fallback import differentiable_backward
 from fastsn.ops.schema import DTYPE_CODES, LIBRARY, rescale, rescale_backward
@@ -61,7 +62,7 @@ def _rescale_backward_autograd(*arguments: Any) -> tuple[list[Tensor], list[Tens
     if torch.is_grad_enabled():
         checks.check_backward(*arguments)
         return differentiable_backward(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch_private.below_autograd():
         return rescale_backward(*arguments)  # type: ignore[no-any-return]
 
 

@@ -17,28 +17,33 @@ from fastsn.reference import Vectors
 _Use = tuple[object, UsedVectors, int]  # the norm, the vectors of the call, the position of the norm's in it
 
 
-class _Uses(threading.local):
+class Uses(threading.local):
     """What this thread records, for every region that it is in, and what it replays."""
 
+    active = False  # either of them
     recording: tuple[list[_Use], ...] = ()
     replaying: Iterator[_Use] | None = None
 
 
-_uses = _Uses()
+uses = Uses()
 
 
 class _Set:
-    """Sets one of the above for a block; may be entered again, one block after another."""
+    """Sets ``recording`` or ``replaying`` for a block; may be entered again, one block after another."""
 
     def __init__(self, name: str, value: Callable[[], Any]) -> None:
         self._name, self._value = name, value
 
     def __enter__(self) -> None:
-        self._before = getattr(_uses, self._name)
-        setattr(_uses, self._name, self._value())
+        self._before = getattr(uses, self._name)
+        self._set(self._value())
 
     def __exit__(self, *_: object) -> None:
-        setattr(_uses, self._name, self._before)
+        self._set(self._before)
+
+    def _set(self, value: Any) -> None:
+        setattr(uses, self._name, value)
+        uses.active = bool(uses.recording) or uses.replaying is not None
 
 
 def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -58,29 +63,19 @@ def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[No
         RuntimeError, from the backward: the region uses other norms when it runs again.
     """
     made: list[_Use] = []
-    return _Set("recording", lambda: (*_uses.recording, made)), _Set("replaying", lambda: iter(made))
+    return _Set("recording", lambda: (*uses.recording, made)), _Set("replaying", lambda: iter(made))
 
 
 def record(norm: object, vectors: UsedVectors, position: int) -> None:
     """A use, for every region around."""
-    for region in _uses.recording:
+    for region in uses.recording:
         region.append((norm, vectors, position))
-
-
-def recording() -> bool:
-    """Whether uses are recorded here."""
-    return bool(_uses.recording)
-
-
-def replaying() -> bool:
-    """Whether the vectors of each use are known."""
-    return _uses.replaying is not None
 
 
 def replay(norm: object) -> Vectors:
     """The vectors of the next use, which is one of this norm."""
-    assert _uses.replaying is not None
-    recorded, vectors, position = next(_uses.replaying, (None, UsedVectors([]), 0))
+    assert uses.replaying is not None
+    recorded, vectors, position = next(uses.replaying, (None, UsedVectors([]), 0))
     if recorded is not norm:
         raise RuntimeError("a checkpointed region must use the same norms in the same order when it runs again")
     record(norm, vectors, position)
@@ -96,8 +91,11 @@ def unseen_by_checkpoints() -> AbstractContextManager[object]:
     """Checkpoints count the tensors that are saved in their region, and W̄ may have been made outside of it in one of
     the two runs: what is saved in here is kept as it is, and not counted."""
     if torch.compiler.is_compiling() or not torch_private.saved_tensors_are_seen():
-        return nullcontext()
+        return _NOTHING
     return torch.autograd.graph.saved_tensors_hooks(_detached, _as_it_is)
+
+
+_NOTHING = nullcontext()
 
 
 def _detached(saved: Tensor) -> Tensor:
