@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 
 #include "kernels.h"
@@ -91,7 +92,7 @@ struct Rescale : torch::autograd::Function<Rescale> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
+    const variable_list saved = saved_variables(*ctx);
     auto& data = ctx->saved_data;
     const Numbers all{data["dims"].toIntVector(), data["views"].toIntVector(), data["which"].toIntVector(),
                       data["dtypes"].toIntVector(), data["factors"].toDoubleVector()};
@@ -126,6 +127,19 @@ struct Rescale : torch::autograd::Function<Rescale> {
   }
 
  private:
+  // torch's own error for a graph that has been freed knows nothing of steps. ops/autograd.py says the same.
+  static variable_list saved_variables(const AutogradContext& ctx) {
+    try {
+      return ctx.get_saved_variables();
+    } catch (const c10::Error& error) {
+      if (std::strstr(error.what_without_backtrace(), "second time") == nullptr) throw;
+    }
+    TORCH_CHECK(false,
+                "backward has come to weights of fastsn a second time, and the first has freed their graph. All uses in "
+                "a fastsn.step share one: call one backward for the sum of the losses, or leave the step out "
+                "(fastsn.fuse(model) needs none), or give all backward calls but the last one retain_graph=True");
+  }
+
   // To be differentiated again, it goes the way of fastsn/ops.py; otherwise straight to the kernel.
   static std::tuple<variable_list, variable_list> call(const variable_list& g,
                                                        const std::optional<Tensor>& g_sigma,

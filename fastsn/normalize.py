@@ -66,6 +66,10 @@ class Batch:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         raise NotImplementedError
 
+    def explain_freed_graphs(self, made: Sequence[Tensor]) -> None:
+        """See to it that a second backward through these W̄, whose graph the first has freed, says what to do. Kernels
+        have rules of differentiation that do."""
+
 
 class KernelBatch(Batch):
     """Of the C++ or the Triton kernels: the arguments of the list ops."""
@@ -130,6 +134,25 @@ class ReferenceBatch(Batch):
             scales = [saveable(spec.scale) if isinstance(spec.scale, Tensor) else spec.scale for spec in specs]
             sigmas = reference.sigmas(oiks, vectors)
             return reference.rescale(weights, sigmas, scales, [spec.dtype for spec in specs]), UsedVectors(vectors)
+
+    def explain_freed_graphs(self, made: Sequence[Tensor]) -> None:
+        """By a hook of each node, which costs some microseconds."""
+        for weight in made:
+            if weight.grad_fn is not None:
+                weight.grad_fn.register_prehook(_FreedGraph())
+
+
+class _FreedGraph:
+    """Before a backward goes through a node."""
+
+    def __init__(self) -> None:
+        self._freed = False
+
+    def __call__(self, _: Any) -> None:
+        if self._freed:
+            raise RuntimeError(ops.autograd.FREED)
+        if not torch.compiler.is_compiling():  # compiled autograd would see a call that it cannot trace
+            self._freed = not torch_private.keeps_graph()
 
 
 @torch.no_grad()

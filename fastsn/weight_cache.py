@@ -9,12 +9,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastsn import checks, normalize, recomputation
+from fastsn import checks, normalize, recomputation, torch_private
 from fastsn.normalize import UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
-# weight, its version, scale, its version, W̄
-_Made: TypeAlias = "tuple[Tensor, int, Tensor | float, int, Tensor]"
+_Made: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
 class StepCall(NamedTuple):
@@ -32,32 +31,48 @@ class StepCall(NamedTuple):
 
 
 class CachedWeight:
-    """The vectors that count for a norm until a step ends, and the W̄ made with them, by dtype.
+    """The vectors that count for a norm until a step ends, and the W̄ made with them.
 
     Args:
         call: the call.
         position: of the norm in it.
         spec: what was normalized, and how.
-        weight: its W̄.
+        value: its W̄.
     """
 
-    __slots__ = ("_made", "_spec", "call", "position")
+    __slots__ = ("_made", "_quick", "_scale", "_spec", "_value", "_versions", "_weight", "call", "position")
 
-    def __init__(self, call: StepCall, position: int, spec: WeightSpec, weight: Tensor) -> None:
-        self.call, self.position, self._spec = call, position, spec
-        own, scale = spec[0], spec[3]
-        version = 0 if call.traced or own.is_inference() else own._version
-        scale_version = 0 if call.traced or not isinstance(scale, Tensor) else _version(scale)
-        self._made: dict[torch.dtype, _Made] = {spec[4]: (own, version, scale, scale_version, weight)}
+    def __init__(self, call: StepCall, position: int, spec: WeightSpec, value: Tensor) -> None:
+        self.call, self.position, self._spec, self._value = call, position, spec, value
+        self._weight, self._scale = weight, scale = spec[0], spec[3]
+        self._made: dict[torch.dtype, _Made] | None = None
+        learnt = isinstance(scale, Tensor)
+        self._quick = not (call.traced or learnt or weight.is_inference() or value.is_inference())
+        self._versions = (weight._version, 0) if self._quick else _versions(weight, scale, call.traced)
 
     def of_every_thread(self) -> CachedWeight:
         """The same for a replica, whose thread is none that has opened a step."""
-        (*_, weight) = self._made[self._spec.dtype]
-        return CachedWeight(self.call._replace(thread=None), self.position, self._spec, weight)
+        return CachedWeight(self.call._replace(thread=None), self.position, self._spec, self._value)
 
     def vectors(self) -> Vectors:
         """(u, v) by view."""
         return self.call.vectors.of(self.position)
+
+    def usual(self, weight: Tensor, scale: Tensor | float) -> Tensor | None:
+        """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
+        not inside of compiled code."""
+        if (
+            self._quick
+            and self._weight is weight
+            and self._scale is scale
+            and weight._version == self._versions[0]
+            and weight.dtype is self._value.dtype
+            and (weight.requires_grad is self._value.requires_grad or not torch.is_grad_enabled())
+            and self.call[1] == threading.get_ident()
+            and not (recomputation.in_backward() or recomputation.uses.active or torch_private.any_autocast())
+        ):
+            return self._value
+        return None
 
     def get(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
         """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
@@ -66,22 +81,22 @@ class CachedWeight:
         # region that backward runs again has a graph of its own.
         if (compiling and not self.call.traced) or (not compiling and recomputation.in_backward()):
             return self._make(weight, scale, dtype)
-        version = 0 if compiling or weight.is_inference() else weight._version
-        scale_version = 0 if compiling or not isinstance(scale, Tensor) else _version(scale)
+        if self._made is None:
+            self._made = {self._spec.dtype: (self._weight, self._scale, self._versions, self._value)}
+        versions = _versions(weight, scale, compiling)
         made = self._made.get(dtype)
         if made is not None:
-            own, own_version, own_scale, own_scale_version, value = made
+            own, own_scale, own_versions, value = made
             if (
                 own is weight
-                and own_version == version
                 and (own_scale is scale or (not isinstance(scale, Tensor) and own_scale == scale))
-                and own_scale_version == scale_version
-                and (not torch.is_grad_enabled() or normalize.requires_grad(weight, scale) is value.requires_grad)
+                and own_versions == versions
+                and (not torch.is_grad_enabled() or normalize.requires_grad(weight, scale) == value.requires_grad)
                 and (compiling or not value.is_inference() or torch.is_inference_mode_enabled())
             ):
                 return value
         value = self._make(weight, scale, dtype)
-        self._made[dtype] = (weight, version, scale, scale_version, value)
+        self._made[dtype] = (weight, scale, versions, value)
         return value
 
     def _make(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -123,5 +138,8 @@ def _is_of_this_thread(cached: CachedWeight) -> bool:
     return cached.call.thread in (None, threading.get_ident())
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _versions(weight: Tensor, scale: Tensor | float, traced: bool) -> tuple[int, int]:
+    """Counters of the changes in place; 0 for what counts none."""
+    tensors = (weight, scale)
+    first, second = [0 if traced or not isinstance(x, Tensor) or x.is_inference() else x._version for x in tensors]
+    return first, second

@@ -9,9 +9,9 @@ from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastsn import checks, plan, recomputation, torch_private, weight_cache
+from fastsn import checks, plan, recomputation, weight_cache
 from fastsn.model.sites import sites
 from fastsn.norm import SpectralNorm
 from fastsn.plan import Group
@@ -150,30 +150,6 @@ def _leave(model: nn.Module, *_: Any) -> None:
             break
 
 
-def _advise_on_a_second_backward(made: list[Tensor]) -> None:
-    """torch's own error knows nothing of steps. A hook of the node costs some microseconds, and all weights of a call
-    of the kernels have one node."""
-    for node in {node for w in made if (node := w.grad_fn) is not None}:
-        node.register_prehook(_Advice())
-
-
-class _Advice:
-    """Before a backward goes through a node."""
-
-    def __init__(self) -> None:
-        self._freed = False
-
-    def __call__(self, _: Any) -> None:
-        if self._freed:
-            raise RuntimeError(
-                "backward has come to the weights of a fastsn.step a second time, and the first has freed their graph: "
-                "all uses in a step share one. Call one backward for the sum of the losses, or leave the step out "
-                "(fastsn.fuse(model) needs none), or give all backward calls but the last one retain_graph=True"
-            )
-        if not torch.compiler.is_compiling():  # compiled autograd would see a call that it cannot trace
-            self._freed = not torch_private.keeps_graph()
-
-
 def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     """One call for all weights; for a ``fused`` forward, for those that this thread does not hold already. Returns what
     ends it."""
@@ -197,7 +173,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                     with recomputation.unseen_by_checkpoints():
                         made, vectors = batch.normalize(rounds, advance and rounds > 0)
                     if not (fused or compiling):
-                        _advise_on_a_second_backward(made)
+                        batch.explain_freed_graphs(made)
                     call = StepCall(vectors, thread, not fused, compiling)
                     cached = [CachedWeight(call, i, *of) for i, of in enumerate(zip(batch.specs, made, strict=True))]
                     opened.append((norms, cached))

@@ -17,6 +17,14 @@ for _name in ("power_iteration", "power_iteration_"):
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
 
+# torch's own error for a graph that has been freed knows nothing of steps. csrc/register.cpp says the same.
+FREED = (
+    "backward has come to weights of fastsn a second time, and the first has freed their graph. All uses in a "
+    "fastsn.step share one: call one backward for the sum of the losses, or leave the step out (fastsn.fuse(model) "
+    "needs none), or give all backward calls but the last one retain_graph=True"
+)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
     weights, scales, _, vectors, dims, view_bits, which, factors, _ = inputs
     bases = [w if place >= 0 else out for w, out, place in zip(weights, output[0], which, strict=True)]
@@ -26,7 +34,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]
 
 
 def _backward(ctx: Any, gradients: list[Tensor | None], grad_sigma: Tensor | None) -> tuple[Any, ...]:
-    *saved, sigma, vectors = ctx.saved_tensors
+    try:
+        *saved, sigma, vectors = ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(FREED if "second time" in str(error) else str(error)) from error
     count = len(gradients)
     bases, scales = saved[:count], saved[count:]
     # A weight that was not used gets no gradient, rather than one of zeros.
