@@ -16,7 +16,7 @@ from fastsn.reference import Vectors
 
 
 class Job(NamedTuple):
-    """One weight to normalize, and how."""
+    """One weight to normalize, and how. ``v_first``: a round of power iteration updates v before u."""
 
     weight: Tensor
     dim: int
@@ -24,6 +24,7 @@ class Job(NamedTuple):
     scale: float | Tensor
     dtype: torch.dtype
     impl: str = "auto"
+    v_first: bool = False
 
 
 class Fixed(NamedTuple):
@@ -72,16 +73,16 @@ def saveable(scale: Tensor) -> Tensor:
 def normalize(jobs: Sequence[Job], n: int, store: bool) -> list[Normalized]:
     """Iterate ``n`` times, ``store`` the vectors, rescale: one call of each op for all jobs of a device and width."""
     if len(jobs) == 1:
-        return _RUN[chosen(jobs[0].impl, jobs[0].weight)](jobs, n, store)
+        return _RUN[_chosen(jobs[0], n)](jobs, n, store)
     results: dict[int, Normalized] = {}
-    for impl, places in _calls(jobs):
+    for impl, places in _calls(jobs, n):
         results |= zip(places, _RUN[impl]([jobs[i] for i in places], n, store), strict=True)
     return [results[i] for i in range(len(jobs))]
 
 
 def iterate(jobs: Sequence[Job], n: int) -> None:
     """``n`` rounds, stored: one call for all jobs of a device and width."""
-    for impl, places in _calls(jobs):
+    for impl, places in _calls(jobs, n):
         own = [jobs[i] for i in places]
         if impl == "reference":
             _iterate_reference(own, n, True)
@@ -89,16 +90,21 @@ def iterate(jobs: Sequence[Job], n: int) -> None:
             ops.power_iteration_(*_lists(own), n)
 
 
-def _calls(jobs: Sequence[Job]) -> list[tuple[str, list[int]]]:
+def _calls(jobs: Sequence[Job], n: int) -> list[tuple[str, list[int]]]:
     """Who computes, and which jobs in one call."""
     kinds: dict[Any, Any] = {}
     groups: dict[Any, list[int]] = {}
     for i, job in enumerate(jobs):
-        kind = (job.impl, job.weight.device, job.weight.dtype)
+        kind = (job.impl, job.weight.device, job.weight.dtype, job.v_first)
         if kind not in kinds:
-            kinds[kind] = (chosen(job.impl, job.weight), job.weight.device, reference.wide(job.weight.dtype))
+            kinds[kind] = (_chosen(job, n), job.weight.device, reference.wide(job.weight.dtype))
         groups.setdefault(kinds[kind], []).append(i)
     return [(impl, places) for (impl, _, _), places in groups.items()]
+
+
+def _chosen(job: Job, n: int) -> str:
+    """Who computes. The kernels iterate u first only."""
+    return "reference" if job.v_first and n else chosen(job.impl, job.weight)
 
 
 def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:
@@ -156,7 +162,8 @@ def _iterate_reference(jobs: Sequence[Job], n: int, store: bool) -> list[Vectors
     constant = forward_ad._set_fwd_grad_enabled(False) if under_transforms else nullcontext()
     with constant, no_autocast(jobs[0].weight):
         oiks = [views.as_oik(job.weight, job.dim) for job in jobs]
-        new = reference.power_iteration(oiks, [job.vectors for job in jobs], n)
+        orders = [job.v_first for job in jobs]
+        new = reference.power_iteration(oiks, [job.vectors for job in jobs], n, v_first=orders)
     if store:
         for job, vectors in zip(jobs, new, strict=True):
             for view, pair in vectors.items():

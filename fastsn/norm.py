@@ -49,6 +49,7 @@ class SpectralNorm(nn.Module):
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
         vectors: (u, v) by view, to be held as they are: the same tensors, unless they have to be widened. Only views
             that are not in it are drawn and iterated. For norms that take the place of others.
+        v_first: a round updates v before u, as in torch's old hook ``torch.nn.utils.spectral_norm``.
 
     Buffers: ``_u`` (O), ``_v`` (I·K) of the view `out`; ``_u_in`` (O·K), ``_v_in`` (I) of the view `in` where the
     variant uses it and K > 1. Unit vectors in float32 (the weight's own dtype if that is wider), which they keep when
@@ -74,6 +75,7 @@ class SpectralNorm(nn.Module):
         impl: str = "auto",
         follows_autocast: bool = False,
         vectors: Vectors | None = None,
+        v_first: bool = False,
     ) -> None:
         super().__init__()
         row = variants.get(variant)
@@ -91,6 +93,7 @@ class SpectralNorm(nn.Module):
         else:
             self.scale = scale
         self.follows_autocast = follows_autocast
+        self.v_first = checks.flag(v_first, "v_first")
         given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.views: tuple[str, ...] = ()
         self.holds = Holds()
@@ -157,7 +160,7 @@ class SpectralNorm(nn.Module):
         scale = self.scale
         if isinstance(scale, Tensor):
             checks.scale_beside(weight, scale)
-        return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
+        return Job(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl, self.v_first)
 
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""
@@ -195,7 +198,7 @@ class SpectralNorm(nn.Module):
                 vector.copy_(self._draw(vector))
         if wanted:
             vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
-            jobs.iterate([Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl)], iterations)
+            jobs.iterate([Job(weight, self.dim, vectors, 1.0, weight.dtype, self.impl, self.v_first)], iterations)
 
     def hold(self, normalized: Normalized, job: Job, begin: int, shared: bool) -> Callable[[], None]:
         """Serve every later use from these vectors without iterating, until the returned function is called: this W̄
@@ -269,10 +272,12 @@ class SpectralNorm(nn.Module):
         return replica
 
     def extra_repr(self) -> str:
-        """The variant, the scale, more than one iteration, and the implementation in use."""
+        """The variant, the scale, more than one iteration, v before u, and the implementation in use."""
         parts = [f"variant={self.variant!r}", f"scale={self._scale_repr()}"]
         if getattr(self, "n_power_iterations", 1) != 1:
             parts.append(f"n_power_iterations={self.n_power_iterations}")
+        if self.v_first:
+            parts.append("v_first=True")
         if self.views:
             parts.append(f"impl={self._impl_in_use()!r}")
         return ", ".join(parts)

@@ -200,6 +200,7 @@ def _settings(norm: SpectralNorm) -> dict[str, Any]:
         "impl": norm.impl,
         "follows_autocast": norm.follows_autocast,
         "vectors": norm.vectors(),
+        "v_first": norm.v_first,
     }
 
 

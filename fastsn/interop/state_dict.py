@@ -48,6 +48,9 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
       in evaluation without storing it, so their sigma is half a power iteration ahead until u has converged. Further
       singular values of BigGAN (``u1``, ``sv1``, ...) are only logged there and are not carried over.
     - A scale that is a number is in no state dict, nor is the variant: the new module has to be built with them.
+    - Which of u and v is updated first is in no state dict either, and no tensor depends on it: the new module goes on
+      in its own order (torch's hook: v; torch's parametrization and fastsn: u, but v where ``fastsn.convert`` made the
+      module from one with torch's hook).
 
     Args:
         state: a state dict; that of a model in DDP (``module.``) or compiled (``_orig_mod.``) too.

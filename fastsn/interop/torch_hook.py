@@ -49,6 +49,7 @@ class Hook(Place):
             "eps": self._hook.eps,
             "vectors": {"out": tuple(self.owner._buffers[self.tensor + suffix] for suffix in ("_u", "_v"))},
             "follows_autocast": follows_autocast(self.owner, self.tensor),
+            "v_first": True,
         }
 
     def take(self, norm: SpectralNorm) -> None:

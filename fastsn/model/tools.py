@@ -102,7 +102,8 @@ def advance(model: Module, rounds: int = 1) -> Module:
     for depth in sorted({site.depth for site, _ in found}):
         # What lies behind other norms is asked for again, now that those have moved.
         here = [(s.norm, s.weight() if depth else w) for s, w in found if s.depth == depth and s.norm.views]
-        jobs.iterate([Job(w, norm.dim, norm.vectors(), 1.0, w.dtype, norm.impl) for norm, w in here], rounds)
+        todo = [Job(w, norm.dim, norm.vectors(), 1.0, w.dtype, norm.impl, norm.v_first) for norm, w in here]
+        jobs.iterate(todo, rounds)
     return model
 
 
