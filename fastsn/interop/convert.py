@@ -10,14 +10,13 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
-from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, variants
-from fastsn.interop.places import Layer, Link, Place, Plain
+from fastsn.interop.adapters import Adapter, Layer, Parametrization, PlainLayer
 from fastsn.interop.torch_hook import Hook, hooks_of
-from fastsn.layers import NormalizedLayer
+from fastsn.model.sites import sites_of
 from fastsn.norm import SpectralNorm
+from fastsn.parametrize import SPECTRAL_NORMS
 
 Module = TypeVar("Module", bound=nn.Module)
 Skip: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -99,11 +98,11 @@ def convert(
         checks.scale(scale, row)
     if not (order is None or (isinstance(order, str) and order == "torch")):
         raise ValueError(f"order must be None (as it is) or 'torch' (u before v), got {order!r}")
-    ready, fixed = _plan(model, _Wanted(variant, scale, order), _skipped(model, skip))
-    for place, norm in ready:
-        place.take(norm)
-        _log.info("converted %s: %s, now %r", place.where, place.kind, norm.variant)
-    for line in fixed:
+    ready, left_alone = _plan(model, _Wanted(variant, scale, order), _skipped(model, skip))
+    for adapter, norm in ready:
+        adapter.put(norm)
+        _log.info("converted %s: %s, now %r", adapter.where, adapter.kind, norm.variant)
+    for line in left_alone:
         _log.info("left alone %s", line)
     return model
 
@@ -115,8 +114,8 @@ class _Wanted(NamedTuple):
     scale: float | Tensor | None
     order: str | None
 
-    def content(self, norm: nn.Module | None) -> str | None:
-        """Why a norm of fastsn's can stay, if so."""
+    def met_by(self, norm: nn.Module | None) -> str | None:
+        """Why a norm of fastsn can stay, if so."""
         if not isinstance(norm, SpectralNorm) or (self.order is not None and norm.v_first):
             return None
         if self.variant is None:
@@ -124,7 +123,7 @@ class _Wanted(NamedTuple):
         return f"it is {self.variant!r}" if self.variant == norm.variant and self.scale is None else None
 
     def arguments(self, norm: nn.Module | None) -> dict[str, Any]:
-        """Those of the SpectralNorm that takes the place of ``norm``."""
+        """Those of the SpectralNorm that replaces ``norm``."""
         ours = norm if isinstance(norm, SpectralNorm) else None
         row = variants.get(self.variant or (ours.variant if ours is not None else "sn"))
         scale = ours.scale if ours is not None and row.free_scale else 1.0
@@ -136,27 +135,27 @@ class _Wanted(NamedTuple):
 
 def _plan(
     model: nn.Module, wanted: _Wanted, skipped: set[nn.Module]
-) -> tuple[list[tuple[Place, SpectralNorm]], list[str]]:
-    """The norms and the places that they are for, and lines about what stays. Everything that can fail is done here."""
+) -> tuple[list[tuple[Adapter, SpectralNorm]], list[str]]:
+    """What to convert with the new norms, and lines about what stays. Everything that can fail is done here."""
     found = _find(model, wanted.variant)
-    weights: list[tuple[Place, Tensor]] = []
-    for place in found.places:
-        why = "skip" if skipped & place.within() else place.obstacle() or wanted.content(place.part)
+    weights: list[tuple[Adapter, Tensor]] = []
+    for adapter in found.adapters:
+        why = "skip" if skipped & adapter.modules() else adapter.obstacle() or wanted.met_by(adapter.norm)
         if why:
-            found.fixed.append(f"{place.where}: {why}")
+            found.left_alone.append(f"{adapter.where}: {why}")
         else:
-            with _named(place):
-                weights.append((place, checks.weight(place.weight(), "the weight")))
+            with _named(adapter):
+                weights.append((adapter, checks.weight(adapter.weight(), "the weight")))
     made: dict[nn.Module, SpectralNorm] = {}
     # Only after all weights are known to be right: from here on vectors are drawn.
-    return [(place, _norm(place, weight, wanted, made)) for place, weight in weights], found.fixed
+    return [(adapter, _norm(adapter, weight, wanted, made)) for adapter, weight in weights], found.left_alone
 
 
 class _Found(NamedTuple):
     """Tensors to convert, and lines about what is known to stay as it is."""
 
-    places: list[Place]
-    fixed: list[str]
+    adapters: list[Adapter]
+    left_alone: list[str]
 
 
 def _find(model: nn.Module, variant: str | None) -> _Found:
@@ -164,18 +163,18 @@ def _find(model: nn.Module, variant: str | None) -> _Found:
     scripts: list[str] = []
     modules = list(_open_modules(model, scripts))
     found = _norms(modules)
-    if not (found.places or found.fixed):
+    if not (found.adapters or found.left_alone):
         if variant is None:
             raise ValueError(
                 "model must have a spectral norm, got one without: pass variant= to normalize all of its Linear, "
                 "convolution and transposed convolution layers"
             )
         quantized = [module for _, module in modules if callable(getattr(type(module), "weight", None))]
-        plain = [Plain(name, module) for name, module in modules if isinstance(module, _PLAIN) or module in quantized]
-        found = _Found([*plain], [])
+        plain = [(path, module) for path, module in modules if isinstance(module, _PLAIN) or module in quantized]
+        found = _Found([PlainLayer(path, module) for path, module in plain], [])
         if not plain:
             raise ValueError("model must have a spectral norm or a Linear or convolution layer, got one without")
-    found.fixed.extend(f"{name or type(model).__name__}: a ScriptModule cannot be changed" for name in scripts)
+    found.left_alone.extend(f"{name or type(model).__name__}: a ScriptModule cannot be changed" for name in scripts)
     return found
 
 
@@ -191,42 +190,37 @@ def _open_modules(model: nn.Module, scripts: list[str]) -> Iterator[tuple[str, n
 
 
 def _norms(modules: list[tuple[str, nn.Module]]) -> _Found:
-    found, placed = _Found([], []), set[nn.Module]()
-    for name, module in modules:
-        places: list[Place] = [Hook(name, module, key, hook) for key, hook in hooks_of(module).items()]
-        chains = module._modules.get("parametrizations")
-        for tensor, chain in chains.items() if isinstance(chains, nn.ModuleDict) else ():
-            if isinstance(chain, ParametrizationList):
-                links = [i for i, part in enumerate(chain) if isinstance(part, TorchNorm | SpectralNorm)]
-                places += [Link(name, module, tensor, chain, i) for i in links]
-        if isinstance(module, NormalizedLayer):
-            places.append(Layer(name, module))
-        placed.update(place.part for place in places if place.part is not None)
-        found.places.extend(places)
-        if isinstance(module, TorchNorm | SpectralNorm) and module not in placed:
-            found.fixed.append(f"{name or type(module).__name__}: a norm that is no parametrization of a tensor")
+    found, owned = _Found([], []), set[nn.Module | None]()
+    for path, module in modules:
+        adapters: list[Adapter] = [Hook(path, module, key, hook) for key, hook in hooks_of(module).items()]
+        for site in sites_of(module, path, SPECTRAL_NORMS):
+            adapters.append((Layer if site.position is None else Parametrization)(path, site))
+        owned.update(adapter.norm for adapter in adapters)
+        found.adapters.extend(adapters)
+        if isinstance(module, SPECTRAL_NORMS) and module not in owned:
+            found.left_alone.append(f"{path or type(module).__name__}: a norm that is no parametrization of a tensor")
     return found
 
 
-def _norm(place: Place, weight: Tensor, wanted: _Wanted, made: dict[nn.Module, SpectralNorm]) -> SpectralNorm:
-    """The norm that takes the place; one that several places share is made once."""
-    settings = place.settings()
-    if place.part is not None and place.part in made:
-        made[place.part].follows_autocast &= settings["follows_autocast"]
-        return made[place.part]
-    with _named(place):
-        norm = SpectralNorm(weight, **settings | wanted.arguments(place.part))
-    if place.part is not None:
-        made[place.part] = norm
+def _norm(adapter: Adapter, weight: Tensor, wanted: _Wanted, made: dict[nn.Module, SpectralNorm]) -> SpectralNorm:
+    """The tensor's new norm; for a norm that several tensors share, one is made."""
+    settings, old = adapter.settings(), adapter.norm
+    if old is not None and old in made:
+        made[old].follows_autocast &= settings["follows_autocast"]
+        return made[old]
+    with _named(adapter):
+        norm = SpectralNorm(weight, **settings | wanted.arguments(old))
+    if old is not None:
+        made[old] = norm
     return norm
 
 
 @contextmanager
-def _named(place: Place) -> Iterator[None]:
+def _named(adapter: Adapter) -> Iterator[None]:
     try:
         yield
     except (IndexError, TypeError, ValueError) as error:
-        where = f"{place.where!r} of a {type(place.owner).__name__}"
+        where = f"{adapter.where!r} of a {type(adapter.owner).__name__}"
         raise type(error)(f"model cannot be converted because of {where}: {error}") from error
 
 
