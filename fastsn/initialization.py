@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import torch_private
-from fastsn.model.sites import evaluated
+from fastsn.model.sites import evaluated, sites_of
 from fastsn.norm import SpectralNorm
 
 
@@ -94,9 +94,9 @@ class _Served:
             self._store(module, tensor)
         changed = written or any(_version(x) != version for x, version in self._originals.items())
         if changed and _has_values(self.chain):
-            for place, part in enumerate(self.chain):
+            for position, part in enumerate(self.chain):
                 if isinstance(part, SpectralNorm):
-                    part.warm_up(evaluated(self.chain, place, held=False))
+                    part.warm_up(evaluated(self.chain, position, held=False))
 
     def _store(self, module: nn.Module, tensor: str) -> None:
         if len(self.chain) == 1:
@@ -111,12 +111,8 @@ class _Served:
 
 def _chains(module: nn.Module) -> dict[str, ParametrizationList]:
     """Those with a norm of fastsn, by the tensors that they make."""
-    found = module._modules.get("parametrizations")
-    return {
-        tensor: chain
-        for tensor, chain in (found.items() if isinstance(found, nn.ModuleDict) else ())
-        if isinstance(chain, ParametrizationList) and any(isinstance(part, SpectralNorm) for part in chain)
-    }
+    found = sites_of(module, "")
+    return {site.tensor: site.chain for site in found if site.chain is not None and site.position is not None}
 
 
 def _has_values(chain: ParametrizationList) -> bool:

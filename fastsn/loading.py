@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastsn.interop import layouts
+from fastsn.interop import state_dict_layouts as layouts
 
 _CONVERT = "fastsn.convert_state_dict(state, to='fastsn') makes this checkpoint one for fastsn's layers"
 _LENIENT = "load_state_dict(state, strict=False) brings u and v to the weights of a checkpoint without them"

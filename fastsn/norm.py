@@ -47,6 +47,7 @@ class SpectralNorm(nn.Module):
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
         vectors: (u, v) by view, to be held as they are: the same tensors, unless they have to be widened. Only views
             that are not in it are drawn and iterated. For norms that take the place of others.
+        v_first: a round updates v before u, as in torch's old hook ``torch.nn.utils.spectral_norm``.
 
     Buffers: ``_u`` (O), ``_v`` (I·K) of the view `out`; ``_u_in`` (O·K), ``_v_in`` (I) of the view `in` where the
     variant uses it and K > 1. Unit vectors in float32 (the weight's own dtype if that is wider), which they keep when
@@ -72,6 +73,7 @@ class SpectralNorm(nn.Module):
         impl: str = "auto",
         follows_autocast: bool = False,
         vectors: Vectors | None = None,
+        v_first: bool = False,
     ) -> None:
         super().__init__()
         row = variants.get(variant)
@@ -89,6 +91,7 @@ class SpectralNorm(nn.Module):
         else:
             self.scale = scale
         self.follows_autocast = follows_autocast
+        self.v_first = checks.flag(v_first, "v_first")
         given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.views: tuple[str, ...] = ()
         self.cached = []
@@ -171,7 +174,7 @@ class SpectralNorm(nn.Module):
         scale = self.scale
         if isinstance(scale, Tensor):
             checks.scale_beside(weight, scale)
-        return WeightSpec(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl)
+        return WeightSpec(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl, self.v_first)
 
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""
@@ -209,7 +212,7 @@ class SpectralNorm(nn.Module):
                 vector.copy_(self._draw(vector))
         if wanted:
             vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
-            spec = WeightSpec(weight, self.dim, vectors, 1.0, weight.dtype, self.impl)
+            spec = WeightSpec(weight, self.dim, vectors, 1.0, weight.dtype, self.impl, self.v_first)
             normalize.batch(spec).iterate(iterations)
 
     def _oik(self, weight: Tensor) -> Tensor:
@@ -279,10 +282,12 @@ class SpectralNorm(nn.Module):
         return replica
 
     def extra_repr(self) -> str:
-        """The variant, the scale, more than one iteration, and the implementation in use."""
+        """The variant, the scale, more than one iteration, v before u, and the implementation in use."""
         parts = [f"variant={self.variant!r}", f"scale={self._scale_repr()}"]
         if getattr(self, "n_power_iterations", 1) != 1:
             parts.append(f"n_power_iterations={self.n_power_iterations}")
+        if self.v_first:
+            parts.append("v_first=True")
         if self.views:
             parts.append(f"impl={self._impl_in_use()!r}")
         return ", ".join(parts)

@@ -16,8 +16,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastsn import checks, views
 from fastsn.initialization import initializable
-from fastsn.model.sites import evaluated
+from fastsn.model.sites import evaluated, sites_of
 from fastsn.norm import SpectralNorm
+
+SPECTRAL_NORMS = (SpectralNorm, TorchNorm)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -109,9 +111,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
                 f"{kind}.{name} has a norm of torch.nn.utils.spectral_norm already: call fastsn.convert(module), which "
                 "makes it fastsn's"
             )
-    chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()  # type: ignore[index]
-    own = module._modules.get("spectral_norm") if name == "weight" else None  # of a fastsn layer
-    if any(isinstance(part, SpectralNorm | TorchNorm) for part in (*chain, own)):
+    if any(site.tensor == name for site in sites_of(module, "", SPECTRAL_NORMS)):
         warnings.warn(
             f"{kind}.{name} has a spectral norm already, this one comes on top; fastsn.convert(module, variant) "
             "changes the one that is there",
@@ -142,9 +142,9 @@ def brought_up_after_loading(chain: ParametrizationList) -> None:
 
 
 def _after_loading(chain: Any, keys: Any) -> None:
-    for place, part in enumerate(chain):
+    for position, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
-            part.after_loading(partial(evaluated, chain, place), keys.missing_keys)
+            part.after_loading(partial(evaluated, chain, position), keys.missing_keys)
 
 
 def follows_autocast(module: nn.Module, name: str) -> bool:

@@ -72,7 +72,7 @@ def groups(model: nn.Module) -> Sequence[Group]:
 
 
 _KEY = "_fastsn_plan"  # in the __dict__ of a model
-_settings = itemgetter("training", "n_power_iterations", "dim", "impl", "follows_autocast")
+_settings = itemgetter("training", "n_power_iterations", "dim", "impl", "follows_autocast", "v_first")
 
 
 def _weights(model: nn.Module) -> list[tuple[Site, Tensor]]:
@@ -92,7 +92,7 @@ def _groups(found: Sequence[tuple[Site, Tensor]]) -> list[Group]:
 
 def _is_stored(site: Site, weight: Tensor) -> bool:
     """Whether the weight is a Parameter or buffer itself, not made by a parametrization or a hook."""
-    if site.chain is not None and site.place != 0:
+    if site.chain is not None and site.position != 0:
         return False
     holder, name = _holder(site)
     return weight is holder._parameters.get(name) or weight is holder._buffers.get(name)

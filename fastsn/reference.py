@@ -2,7 +2,8 @@
 
 A weight is an array (O, I, K), any strides, and each of its views (``fastsn.views``) is a matrix M with vectors u, v:
 
-    power iteration, n times    u <- M v / |M v|,  v <- M^H u / |M^H u|  (a zero or non-finite vector is not taken)
+    power iteration, n times    u <- M v / |M v|,  v <- M^H u / |M^H u|  (a zero or non-finite vector is not taken;
+                                a weight may ask for v before u)
     sigma of a view             u^H M v   (with u, v held constant: d sigma / dM = u v^H)
     normalized weight           W̄ = scale * W / mean(sigma of its views)
 

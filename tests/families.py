@@ -1,4 +1,4 @@
-"""Three models of users, rebuilt from their papers at any width, with torch's spectral norms as users have them."""
+"""Four models of users, rebuilt from their papers at any width, with torch's spectral norms as users have them."""
 
 from __future__ import annotations
 
@@ -85,6 +85,43 @@ class MultiScaleDiscriminator(nn.Module):
             for values, value in zip(found, (real, generated, real_maps, generated_maps), strict=True):
                 values.append(value)
         return tuple(found)
+
+
+class ResidualBlock(nn.Module):
+    """Of SN-GAN's discriminators: two normalized convolutions beside a shortcut, which is one too where it has to be.
+    The first block of a network takes pixels: no activation before it, and its shortcut comes after the pool."""
+
+    def __init__(self, inputs: int, outputs: int, down: bool, first: bool = False) -> None:
+        super().__init__()
+        self.conv1 = hook(nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.conv2 = hook(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.shortcut = hook(nn.Conv2d(inputs, outputs, 1)) if down or inputs != outputs else nn.Identity()
+        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pool(self.conv2(F.relu(self.conv1(x if self.first else F.relu(x)))))
+        return h + (self.shortcut(self.pool(x)) if self.first else self.pool(self.shortcut(x)))
+
+
+class ProjectionDiscriminator(nn.Module):
+    """SN-GAN's residual discriminator (Miyato et al., 2018) of images of 32 x 32 pixels, with labels as a projection
+    (Miyato and Koyama, 2018), as torch_mimicry has it. Every weight is normalized."""
+
+    def __init__(self, classes: int = 10, width: int = 128) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            ResidualBlock(3, width, down=True, first=True),
+            ResidualBlock(width, width, down=True),
+            ResidualBlock(width, width, down=False),
+            ResidualBlock(width, width, down=False),
+        )
+        self.linear = hook(nn.Linear(width, 1))
+        self.embedding = hook(nn.Embedding(classes, width))
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        h = F.relu(self.blocks(x)).sum((2, 3))
+        return self.linear(h) + (self.embedding(label) * h).sum(1, keepdim=True)
 
 
 class RandomFeatureGaussianProcess(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import fastsn
 from conftest import ON
-from fastsn.interop.layouts import LAYOUTS
+from fastsn.interop.state_dict_layouts import LAYOUTS
 from foreign import ROWS, WITH_V, build, trained, use
 from shapes import TABLE, Case
 

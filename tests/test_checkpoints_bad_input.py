@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import fastsn
-from fastsn.interop.layouts import LAYOUTS
+from fastsn.interop.state_dict_layouts import LAYOUTS
 from foreign import build
 from shapes import Case
 

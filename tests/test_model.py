@@ -260,3 +260,11 @@ def test_fold_leaves_copies_alone(folded):
     left(x).sum().backward()
     expected = left.eval()(x)
     assert torch.equal(fastsn.fold(left)(x), expected)
+
+
+def test_a_module_dict_of_the_users_own_may_be_called_parametrizations():
+    model = nn.Sequential(fastsn.SNLinear(3, 4), nn.Module())
+    model[1].parametrizations = nn.ModuleDict({"weight": nn.Linear(2, 2), "deep": fastsn.SNLinear(2, 2)})
+    assert set(fastsn.sigmas(model)) == {"0", "1.parametrizations.deep"}
+    fastsn.convert(model, "ssn")
+    assert type(model[1].parametrizations["deep"]) is fastsn.SSNLinear

@@ -15,15 +15,15 @@ PACKAGE = Path(fastsn.__file__).parent
 ROOT = PACKAGE.parent
 # Data flows one way: a module imports only from those further down, and leaves only from torch.
 ORDER = """
-    memory distributed interop.state_dict interop.transcribe interop.convert interop.torch_hook interop.places
-    model.tools model.scopes parametrize initialization model.sites layers norm loading exporting holds serving jobs
-    ops ops.cuda ops.autograd ops.fallback ops.checks ops.schema backends origin checks interop.layouts views variants
-    reference
+    memory distributed interop.state_dict interop.state_dict_entries interop.convert interop.torch_hook interop.adapters
+    model.tools model.scopes plan parametrize initialization model.sites layers norm loading exporting weight_cache
+    recomputation normalize ops ops.cuda ops.autograd ops.fallback ops.checks ops.schema backends origin torch_private checks interop.state_dict_layouts views
+    variants reference
     triton.launch triton.rescale_calls triton.iteration_calls triton.plan triton.memory triton.settings triton.rescale
     triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement
     interop model triton
 """.split()  # noqa: SIM905 (a name per line would fill the screen)
-LEAVES = {"interop.layouts", "origin", "views", "variants", "reference", "interop", "model", "triton"}
+LEAVES = {"torch_private", "interop.state_dict_layouts", "origin", "views", "variants", "reference", "interop", "model", "triton"}
 
 
 def module_name(path: Path) -> str:

@@ -6,19 +6,17 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
-from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, variants
-from fastsn.interop.places import Layer, Link, Place, Plain
+from fastsn.interop.adapters import Adapter, Layer, Parametrization, PlainLayer
 from fastsn.interop.torch_hook import Hook, hooks_of
-from fastsn.layers import NormalizedLayer
+from fastsn.model.sites import sites_of
 from fastsn.norm import SpectralNorm
-from fastsn.variants import Variant
+from fastsn.parametrize import SPECTRAL_NORMS
 
 Module = TypeVar("Module", bound=nn.Module)
 Skip: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -29,15 +27,21 @@ _log = logging.getLogger("fastsn")
 
 
 def convert(
-    model: Module, variant: str | None = None, scale: float | Tensor | None = None, *, skip: Skip | None = None
+    model: Module,
+    variant: str | None = None,
+    scale: float | Tensor | None = None,
+    *,
+    skip: Skip | None = None,
+    order: str | None = None,
 ) -> Module:
     r"""Make every spectral norm of a model fastsn's, in place: training goes on where it was, and faster.
 
     Norms of ``torch.nn.utils.parametrizations.spectral_norm`` and of the older ``torch.nn.utils.spectral_norm`` become
     parametrizations by ``fastsn.SpectralNorm``, at the same place in their chain. Kept: the Parameters (an optimizer
     and tied weights stay valid), u and v (the same tensors; in half precision they are widened to float32),
-    n_power_iterations, eps, dim, training modes, and all other hooks and parametrizations. With variant "sn" no vector
-    moves, nothing is drawn, and the numbers are torch's within rounding. "bsn" and "bssn" draw and warm up the second
+    n_power_iterations, eps, dim, which of u and v is updated first, training modes, and all other hooks and
+    parametrizations. With variant "sn" no vector moves, nothing is drawn, and the numbers, those of further training
+    too, are torch's within rounding. "bsn" and "bssn" draw and warm up the second
     view of convolutions (so convert before wrapping in DistributedDataParallel, which lists the buffers).
 
     Args:
@@ -49,6 +53,10 @@ def convert(
             be given to the optimizer). None: as it is, 1 where there was none.
         skip: what is to be left as it is: a module's name, several, or a function (name, module) -> bool. Each stands
             for the module and everything in it.
+        order: which of u and v a power iteration updates first. None: as it was, which is v in the old hook and u in
+            torch's parametrization; a norm that is new starts with u. "torch": u, as torch's parametrization, in every
+            norm that is not skipped; training that goes on from the old hook then differs by half an iteration at
+            first, and no longer once u and v have converged.
 
     Left alone as well: ScriptModules and quantized modules, subclasses of torch's and fastsn's classes, norms outside
     any chain of parametrizations, a tensor that more than one old hook makes or whose weight is complex under the old
@@ -60,10 +68,12 @@ def convert(
     loaded weights with a warning). The order of ``parameters()`` may change: load an optimizer's state before
     converting.
 
-    The old hook iterates v first, then u, once per forward of the module. fastsn, like torch's parametrization,
-    iterates u first, then v, once per use of the tensor. After converting from the old hook, training therefore differs
-    by half an iteration, which vanishes as u and v converge; evaluation is the same at once. Vectors that torch has
-    spoilt (zero or not finite) stay so until ``fastsn.warm_up``.
+    When u and v move: the old hook iterates once per forward of the module, a parametrization, torch's and fastsn's,
+    once per use of the tensor. This is the same for a module whose forward reads the tensor once, as those of torch's
+    Linear, convolution and embedding layers do. A module that reads it several times in a forward, or whose tensor
+    others read, iterates more often than before. Under ``fastsn.fuse`` and ``fastsn.step`` a norm iterates once per
+    forward of the fused model, or once per block. Vectors that torch has spoilt (zero or not finite) stay so until
+    ``fastsn.warm_up``.
 
     Returns:
         The same model.
@@ -71,7 +81,7 @@ def convert(
     Raises:
         TypeError: ``model`` is not a module; a sharded DTensor weight; a ``scale`` or ``skip`` of another kind.
         ValueError: no spectral norm in the model and no variant; nothing that a variant could be given to; an unknown
-            variant; a bad scale; a name in ``skip`` that no module has; a lazy or empty weight.
+            variant or order; a bad scale; a name in ``skip`` that no module has; a lazy or empty weight.
 
     Whatever is raised, the model is unchanged.
 
@@ -86,38 +96,66 @@ def convert(
     row = variants.get("sn" if variant is None else variant)
     if scale is not None:
         checks.scale(scale, row)
-    ready, fixed = _plan(model, row, variant, scale, _skipped(model, skip))
-    for place, norm in ready:
-        place.take(norm)
-        _log.info("converted %s: %s, now %r", place.where, place.kind, norm.variant)
-    for line in fixed:
+    if not (order is None or (isinstance(order, str) and order == "torch")):
+        raise ValueError(f"order must be None (as it is) or 'torch' (u before v), got {order!r}")
+    ready, left_alone = _plan(model, _Wanted(variant, scale, order), _skipped(model, skip))
+    for adapter, norm in ready:
+        adapter.put(norm)
+        _log.info("converted %s: %s, now %r", adapter.where, adapter.kind, norm.variant)
+    for line in left_alone:
         _log.info("left alone %s", line)
     return model
 
 
+class _Wanted(NamedTuple):
+    """The arguments of ``convert`` that say what a norm becomes."""
+
+    variant: str | None
+    scale: float | Tensor | None
+    order: str | None
+
+    def met_by(self, norm: nn.Module | None) -> str | None:
+        """Why a norm of fastsn can stay, if so."""
+        if not isinstance(norm, SpectralNorm) or (self.order is not None and norm.v_first):
+            return None
+        if self.variant is None:
+            return "it is fastsn's"
+        return f"it is {self.variant!r}" if self.variant == norm.variant and self.scale is None else None
+
+    def arguments(self, norm: nn.Module | None) -> dict[str, Any]:
+        """Those of the SpectralNorm that replaces ``norm``."""
+        ours = norm if isinstance(norm, SpectralNorm) else None
+        row = variants.get(self.variant or (ours.variant if ours is not None else "sn"))
+        scale = ours.scale if ours is not None and row.free_scale else 1.0
+        if self.variant is not None and self.scale is not None:
+            scale = self.scale
+        chosen = {"variant": row.name, "scale": scale}
+        return chosen if self.order is None else {**chosen, "v_first": False}
+
+
 def _plan(
-    model: nn.Module, row: Variant, variant: str | None, scale: float | Tensor | None, skipped: set[nn.Module]
-) -> tuple[list[tuple[Place, SpectralNorm]], list[str]]:
-    """The norms and the places that they are for, and lines about what stays. Everything that can fail is done here."""
-    found = _find(model, variant)
-    weights: list[tuple[Place, Tensor]] = []
-    for place in found.places:
-        why = "skip" if skipped & place.within() else place.obstacle() or _content(place, variant, scale)
+    model: nn.Module, wanted: _Wanted, skipped: set[nn.Module]
+) -> tuple[list[tuple[Adapter, SpectralNorm]], list[str]]:
+    """What to convert with the new norms, and lines about what stays. Everything that can fail is done here."""
+    found = _find(model, wanted.variant)
+    weights: list[tuple[Adapter, Tensor]] = []
+    for adapter in found.adapters:
+        why = "skip" if skipped & adapter.modules() else adapter.obstacle() or wanted.met_by(adapter.norm)
         if why:
-            found.fixed.append(f"{place.where}: {why}")
+            found.left_alone.append(f"{adapter.where}: {why}")
         else:
-            with _named(place):
-                weights.append((place, checks.weight(place.weight(), "the weight")))
+            with _named(adapter):
+                weights.append((adapter, checks.weight(adapter.weight(), "the weight")))
     made: dict[nn.Module, SpectralNorm] = {}
     # Only after all weights are known to be right: from here on vectors are drawn.
-    return [(place, _norm(place, weight, row, scale, made)) for place, weight in weights], found.fixed
+    return [(adapter, _norm(adapter, weight, wanted, made)) for adapter, weight in weights], found.left_alone
 
 
 class _Found(NamedTuple):
     """Tensors to convert, and lines about what is known to stay as it is."""
 
-    places: list[Place]
-    fixed: list[str]
+    adapters: list[Adapter]
+    left_alone: list[str]
 
 
 def _find(model: nn.Module, variant: str | None) -> _Found:
@@ -125,18 +163,18 @@ def _find(model: nn.Module, variant: str | None) -> _Found:
     scripts: list[str] = []
     modules = list(_open_modules(model, scripts))
     found = _norms(modules)
-    if not (found.places or found.fixed):
+    if not (found.adapters or found.left_alone):
         if variant is None:
             raise ValueError(
                 "model must have a spectral norm, got one without: pass variant= to normalize all of its Linear, "
                 "convolution and transposed convolution layers"
             )
         quantized = [module for _, module in modules if callable(getattr(type(module), "weight", None))]
-        plain = [Plain(name, module) for name, module in modules if isinstance(module, _PLAIN) or module in quantized]
-        found = _Found([*plain], [])
+        plain = [(path, module) for path, module in modules if isinstance(module, _PLAIN) or module in quantized]
+        found = _Found([PlainLayer(path, module) for path, module in plain], [])
         if not plain:
             raise ValueError("model must have a spectral norm or a Linear or convolution layer, got one without")
-    found.fixed.extend(f"{name or type(model).__name__}: a ScriptModule cannot be changed" for name in scripts)
+    found.left_alone.extend(f"{name or type(model).__name__}: a ScriptModule cannot be changed" for name in scripts)
     return found
 
 
@@ -152,55 +190,37 @@ def _open_modules(model: nn.Module, scripts: list[str]) -> Iterator[tuple[str, n
 
 
 def _norms(modules: list[tuple[str, nn.Module]]) -> _Found:
-    found, placed = _Found([], []), set[nn.Module]()
-    for name, module in modules:
-        places: list[Place] = [Hook(name, module, key, hook) for key, hook in hooks_of(module).items()]
-        chains = module._modules.get("parametrizations")
-        for tensor, chain in chains.items() if isinstance(chains, nn.ModuleDict) else ():
-            if isinstance(chain, ParametrizationList):
-                links = [i for i, part in enumerate(chain) if isinstance(part, TorchNorm | SpectralNorm)]
-                places += [Link(name, module, tensor, chain, i) for i in links]
-        if isinstance(module, NormalizedLayer):
-            places.append(Layer(name, module))
-        placed.update(place.part for place in places if place.part is not None)
-        found.places.extend(places)
-        if isinstance(module, TorchNorm | SpectralNorm) and module not in placed:
-            found.fixed.append(f"{name or type(module).__name__}: a norm that is no parametrization of a tensor")
+    found, owned = _Found([], []), set[nn.Module | None]()
+    for path, module in modules:
+        adapters: list[Adapter] = [Hook(path, module, key, hook) for key, hook in hooks_of(module).items()]
+        for site in sites_of(module, path, SPECTRAL_NORMS):
+            adapters.append((Layer if site.position is None else Parametrization)(path, site))
+        owned.update(adapter.norm for adapter in adapters)
+        found.adapters.extend(adapters)
+        if isinstance(module, SPECTRAL_NORMS) and module not in owned:
+            found.left_alone.append(f"{path or type(module).__name__}: a norm that is no parametrization of a tensor")
     return found
 
 
-def _content(place: Place, variant: str | None, scale: float | Tensor | None) -> str | None:
-    """Why a norm of fastsn's can stay, if so."""
-    if isinstance(place.part, SpectralNorm) and variant is None:
-        return "it is fastsn's"
-    if isinstance(place.part, SpectralNorm) and variant == place.part.variant and scale is None:
-        return f"it is {variant!r}"
-    return None
-
-
-def _norm(
-    place: Place, weight: Tensor, row: Variant, scale: float | Tensor | None, made: dict[nn.Module, SpectralNorm]
-) -> SpectralNorm:
-    """The norm that takes the place; one that several places share is made once."""
-    settings = place.settings()
-    if place.part is not None and place.part in made:
-        made[place.part].follows_autocast &= settings["follows_autocast"]
-        return made[place.part]
-    if scale is None:
-        scale = place.part.scale if isinstance(place.part, SpectralNorm) and row.free_scale else 1.0
-    with _named(place):
-        norm = SpectralNorm(weight, variant=row.name, scale=scale, **settings)
-    if place.part is not None:
-        made[place.part] = norm
+def _norm(adapter: Adapter, weight: Tensor, wanted: _Wanted, made: dict[nn.Module, SpectralNorm]) -> SpectralNorm:
+    """The tensor's new norm; for a norm that several tensors share, one is made."""
+    settings, old = adapter.settings(), adapter.norm
+    if old is not None and old in made:
+        made[old].follows_autocast &= settings["follows_autocast"]
+        return made[old]
+    with _named(adapter):
+        norm = SpectralNorm(weight, **settings | wanted.arguments(old))
+    if old is not None:
+        made[old] = norm
     return norm
 
 
 @contextmanager
-def _named(place: Place) -> Iterator[None]:
+def _named(adapter: Adapter) -> Iterator[None]:
     try:
         yield
     except (IndexError, TypeError, ValueError) as error:
-        where = f"{place.where!r} of a {type(place.owner).__name__}"
+        where = f"{adapter.where!r} of a {type(adapter.owner).__name__}"
         raise type(error)(f"model cannot be converted because of {where}: {error}") from error
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsn.interop import layouts
-from fastsn.interop.layouts import LAYOUTS, Entry
-from fastsn.interop.transcribe import transcribe
+from fastsn.interop import state_dict_layouts as layouts
+from fastsn.interop.state_dict_entries import convert_entry
+from fastsn.interop.state_dict_layouts import LAYOUTS, Entry
 
 # Where torch's hook keeps its version in a module's metadata. Without it, loading computes v anew.
 _HOOK, _VERSION = "spectral_norm", ".version"
@@ -48,6 +48,9 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
       in evaluation without storing it, so their sigma is half a power iteration ahead until u has converged. Further
       singular values of BigGAN (``u1``, ``sv1``, ...) are only logged there and are not carried over.
     - A scale that is a number is in no state dict, nor is the variant: the new module has to be built with them.
+    - Which of u and v is updated first is in no state dict either, and no tensor depends on it: the new module goes on
+      in its own order (torch's hook: v; torch's parametrization and fastsn: u, but v where ``fastsn.convert`` made the
+      module from one with torch's hook).
 
     Args:
         state: a state dict; that of a model in DDP (``module.``) or compiled (``_orig_mod.``) too.
@@ -78,7 +81,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
         raise ValueError(f"state must have a spectral norm in it ({known}), got the keys {[*state][:5]} ...")
     converted: dict[str, dict[str, Tensor]] = {}
     for entry in entries:
-        converted |= transcribe(entry, state, target)
+        converted |= convert_entry(entry, state, target)
     result: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in state.items():
         for name, tensor in converted.get(key, {key: value}).items():

@@ -9,18 +9,18 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
-from fastsn.interop.places import Place, chain_of, register
+from fastsn.interop.adapters import Adapter, chain_of, register
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import follows_autocast
 
 _OF_STATE_DICTS = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 
 
-class Hook(Place):
+class Hook(Adapter):
     """A tensor that the hook makes of the parameter ``{tensor}_orig`` and the buffers ``{tensor}_u``, ``_v``."""
 
-    def __init__(self, name: str, owner: nn.Module, key: int, hook: TorchHook) -> None:
-        super().__init__("torch's old hook", name, owner, hook.name)
+    def __init__(self, path: str, owner: nn.Module, key: int, hook: TorchHook) -> None:
+        super().__init__("torch's old hook", path, owner, hook.name)
         self._key, self._hook = key, hook
 
     def obstacle(self) -> str | None:
@@ -49,9 +49,10 @@ class Hook(Place):
             "eps": self._hook.eps,
             "vectors": {"out": tuple(self.owner._buffers[self.tensor + suffix] for suffix in ("_u", "_v"))},
             "follows_autocast": follows_autocast(self.owner, self.tensor),
+            "v_first": True,
         }
 
-    def take(self, norm: SpectralNorm) -> None:
+    def put(self, norm: SpectralNorm) -> None:
         owner, tensor, weight = self.owner, self.tensor, self.weight()
         for suffix in ("_orig", "_u", "_v"):
             delattr(owner, tensor + suffix)

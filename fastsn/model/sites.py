@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -13,26 +13,37 @@ from fastsn.norm import SpectralNorm
 
 
 class Site(NamedTuple):
-    """A norm in a fastsn layer, or number ``place`` of the ``chain`` of parametrizations of ``owner.tensor``; a layer's
-    own stands behind its chain. ``depth``: how many other norms it stands behind."""
+    """A norm of the tensor ``owner.tensor``, and where it sits: in a fastsn layer, or in a chain of parametrizations.
+
+    Attributes:
+        name: what results call it: the owner's name, with the tensor unless that is ``weight``, and with the position
+            where the tensor has several norms.
+        norm: a SpectralNorm, or one of the classes that ``sites_of`` was asked for.
+        chain: the tensor's parametrizations, if it has any.
+        position: the norm's index in the chain; None for that of a fastsn layer, which comes after its chain.
+        depth: how many other norms of the tensor come before it.
+    """
 
     name: str
     owner: nn.Module
     tensor: str
-    norm: SpectralNorm
+    norm: Any
     chain: ParametrizationList | None
-    place: int | None
+    position: int | None
     depth: int
 
-    def weight(self) -> Tensor:
+    def value(self) -> Tensor:
         """What the norm is applied to, in evaluation, so that nothing moves."""
         if self.chain is None:
-            weight = getattr(self.owner, self.tensor)
-        elif self.place == 0 and self.chain.is_tensor:
-            weight = self.chain.original
-        else:
-            weight = evaluated(self.chain, self.place)
-        return checks.weight(weight, self.where())
+            value: Tensor = getattr(self.owner, self.tensor)
+            return value
+        if self.position == 0 and self.chain.is_tensor:
+            return self.chain.original
+        return evaluated(self.chain, self.position)
+
+    def weight(self) -> Tensor:
+        """The same; TypeError or ValueError if it is nothing that can be normalized."""
+        return checks.weight(self.value(), self.where())
 
     def where(self) -> str:
         """What errors call it: its name, and the class of a model that is itself the layer."""
@@ -58,6 +69,29 @@ def evaluated(chain: ParametrizationList, count: int | None = None, held: bool =
     return value  # type: ignore[no-any-return]
 
 
+def sites_of(module: nn.Module, prefix: str, kinds: tuple[type[nn.Module], ...] = (SpectralNorm,)) -> list[Site]:
+    """The norms of the module's own tensors that are of these classes. ``prefix``: the module's name."""
+    container = module._modules.get("parametrizations")
+    chains = container._modules if isinstance(container, nn.ModuleDict) else {}
+    own = module.spectral_norm if isinstance(module, NormalizedLayer) else None
+    found: list[Site] = []
+    for tensor in chains if own is None else {**chains, "weight": own}:
+        chain = chains.get(tensor)
+        norms: list[tuple[int | None, Any]] = []
+        if not isinstance(chain, ParametrizationList):
+            chain = None
+        else:
+            norms += [(i, part) for i, part in enumerate(chain._modules.values()) if isinstance(part, kinds)]
+        if own is not None and tensor == "weight":
+            norms.append((None, own))
+        for depth, (position, norm) in enumerate(norms):
+            name = prefix if tensor == "weight" else f"{prefix}.{tensor}".lstrip(".")
+            if len(norms) > 1:
+                name = f"{name}.{'spectral_norm' if position is None else position}".lstrip(".")
+            found.append(Site(name, module, tensor, norm, chain, position, depth))
+    return found
+
+
 def sites(model: nn.Module) -> list[Site]:
     """Every norm of the model once, in the order of ``named_modules``.
 
@@ -71,7 +105,7 @@ def sites(model: nn.Module) -> list[Site]:
     def visit(module: nn.Module, prefix: str) -> None:
         children = module._modules
         if isinstance(module, NormalizedLayer) or "parametrizations" in children:
-            found.extend(_sites_of(module, prefix))
+            found.extend(sites_of(module, prefix))
         for name, child in children.items():
             if child is not None and child not in seen:
                 seen.add(child)
@@ -99,26 +133,3 @@ def weights(model: nn.Module, vectors_too: bool = True) -> list[tuple[Site, Tens
             )
         found.append((site, weight))
     return found
-
-
-def _sites_of(module: nn.Module, prefix: str) -> list[Site]:
-    modules = module._modules.get("parametrizations")
-    chains = modules._modules if isinstance(modules, nn.ModuleDict) else {}
-    found: list[Site] = []
-    for tensor, chain in chains.items():
-        assert isinstance(chain, ParametrizationList)
-        parts = [(i, part) for i, part in enumerate(chain._modules.values()) if isinstance(part, SpectralNorm)]
-        several = len(parts) > 1 or (tensor == "weight" and isinstance(module, NormalizedLayer))
-        for depth, (i, part) in enumerate(parts):
-            found.append(Site(_name(prefix, tensor, str(i) if several else ""), module, tensor, part, chain, i, depth))
-    if isinstance(module, NormalizedLayer):
-        before, depth = chains.get("weight"), sum(site.tensor == "weight" for site in found)
-        assert before is None or isinstance(before, ParametrizationList)
-        name = _name(prefix, "weight", "spectral_norm" if depth else "")
-        found.append(Site(name, module, "weight", module.spectral_norm, before, None, depth))
-    return found
-
-
-def _name(prefix: str, tensor: str, position: str) -> str:
-    """Of the owner; of the tensor too, unless it is ``weight``; with a position among several norms of one tensor."""
-    return ".".join(filter(None, (prefix, "" if tensor == "weight" else tensor, position)))

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsn import checks, normalize, reference, views
-from fastsn.interop.layouts import Entry, Found, Layout
+from fastsn.interop.state_dict_layouts import Entry, Found, Layout
 from fastsn.norm import WARM_UP_ITERATIONS
 
 _PAIRS = {"out": ("u", "v"), "in": ("u_in", "v_in")}
 _VECTORS = [part for pair in _PAIRS.values() for part in pair]
 
 
-def transcribe(entry: Entry, state: Mapping[str, Tensor], target: Layout) -> dict[str, dict[str, Tensor]]:
-    """Every key of the entry -> what stands in its place. Empty where all stays as it is.
+def convert_entry(entry: Entry, state: Mapping[str, Tensor], target: Layout) -> dict[str, dict[str, Tensor]]:
+    """Every key of the entry -> the keys and tensors that replace it. Empty where all stays as it is.
 
     Raises:
         ValueError, TypeError: as ``convert_state_dict``.

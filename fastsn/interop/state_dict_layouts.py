@@ -131,36 +131,36 @@ _PATTERNS = [
     if part != "weight"
 ]
 
-_Place = tuple[str, str, str, str]  # layout, prefix, tensor, position
+_Location = tuple[str, str, str, str]  # layout, prefix, tensor, position
 
 
 def find(state: Mapping[str, Tensor], hooked: Iterable[tuple[str, str]] = ()) -> list[Entry]:
     """Every spectral norm of a state dict; ``hooked`` are the (prefix, tensor) that its metadata says torch's hook
     normalizes."""
-    declared: set[_Place] = {("torch_hook", prefix, tensor, "0") for prefix, tensor in hooked}
-    places: dict[_Place, dict[str, str]] = {place: {} for place in declared}
+    declared: set[_Location] = {("torch_hook", prefix, tensor, "0") for prefix, tensor in hooked}
+    locations: dict[_Location, dict[str, str]] = {location: {} for location in declared}
     for key in state:
         for layout, part, pattern in _PATTERNS:
             if match := pattern.fullmatch(key):
                 named = match.groupdict()
-                place = (layout, named["p"], named.get("n", "weight"), named.get("i", "0"))
-                places.setdefault(place, {})[part] = key
-    norms: dict[_Place, dict[str, str]] = {}
-    for place, keys in places.items():
-        layout, prefix, tensor, _ = place
+                location = (layout, named["p"], named.get("n", "weight"), named.get("i", "0"))
+                locations.setdefault(location, {})[part] = key
+    norms: dict[_Location, dict[str, str]] = {}
+    for location, keys in locations.items():
+        layout, prefix, tensor, _ = location
         weight = LAYOUTS[layout].key("weight", prefix, tensor)
         if weight in state:
             keys["weight"] = weight
         found = {part: state[key] for part, key in keys.items()}
-        if found and (place in declared or LAYOUTS[layout].is_norm(found, tensor)):
-            norms[place] = keys
+        if found and (location in declared or LAYOUTS[layout].is_norm(found, tensor)):
+            norms[location] = keys
     order = {key: i for i, key in enumerate(state)}
-    return [_entry(place, norms, order) for place in norms]
+    return [_entry(location, norms, order) for location in norms]
 
 
-def _entry(place: _Place, norms: Mapping[_Place, dict[str, str]], order: Mapping[str, int]) -> Entry:
-    name, prefix, tensor, position = place
-    layout, own = LAYOUTS[name], norms[place]
+def _entry(location: _Location, norms: Mapping[_Location, dict[str, str]], order: Mapping[str, int]) -> Entry:
+    name, prefix, tensor, position = location
+    layout, own = LAYOUTS[name], norms[location]
     spare = layout.spare and re.compile(re.escape(prefix) + layout.spare.format(n=re.escape(tensor)))
     chain = f"{prefix}parametrizations.{tensor}."
     rivals = [key for key in order if key.startswith(chain)]

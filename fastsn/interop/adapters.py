@@ -1,0 +1,198 @@
+"""What ``convert`` asks of a tensor and does to it: an adapter for each kind of norm, and one for a plain layer.
+
+torch's old hook has its own, in ``torch_hook``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fastsn import layers, normalize, variants, views
+from fastsn.initialization import initializable
+from fastsn.layers import NormalizedLayer
+from fastsn.model.sites import Site, evaluated
+from fastsn.norm import SpectralNorm
+from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
+
+
+class Adapter(ABC):
+    """A tensor of a model. ``kind``: what the log calls it; ``where``: its name; ``norm``: the module that normalizes
+    it, if there is one."""
+
+    def __init__(self, kind: str, path: str, owner: nn.Module, tensor: str, norm: nn.Module | None = None) -> None:
+        self.kind, self.owner, self.tensor, self.norm = kind, owner, tensor, norm
+        self.where = f"{path}.{tensor}".strip(".")
+
+    def modules(self) -> set[nn.Module]:
+        """Who skips one of these skips the tensor."""
+        return {self.owner} if self.norm is None else {self.owner, self.norm}
+
+    @abstractmethod
+    def obstacle(self) -> str | None:
+        """Why the tensor cannot be given a norm of fastsn, if so. What follows is for tensors that can."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """What the norm is applied to; nothing moves."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments of a SpectralNorm that goes on from what is there."""
+
+    @abstractmethod
+    def put(self, norm: SpectralNorm) -> None:
+        """Give the tensor this norm. It is not used, so that no vector moves."""
+
+
+class _Present(Adapter):
+    """What the adapters of norms that are modules have in common."""
+
+    norm: nn.Module
+
+    def __init__(self, kind: str, path: str, site: Site) -> None:
+        super().__init__(kind, path, site.owner, site.tensor, site.norm)
+        self._site = site
+
+    def obstacle(self) -> str | None:
+        norm = self.norm
+        if type(norm) not in (TorchNorm, SpectralNorm):
+            return f"{type(norm).__name__} is a subclass of a spectral norm"
+        if type(norm) is TorchNorm and set(norm._buffers) not in (set(), {"_u", "_v"}):
+            return "its u and v are not its own: something else has changed them"
+        if norm._load_state_dict_pre_hooks:
+            return "it has hooks of its own for loading, which are bound to it"
+        return None
+
+    def weight(self) -> Tensor:
+        with nullcontext() if self._site.chain is None else _no_autocast(self._site.chain):
+            return self._site.value()
+
+    def settings(self) -> dict[str, Any]:
+        norm, chain = self.norm, self._site.chain
+        rounds = getattr(norm, "n_power_iterations", 1)  # not there for a 1-D tensor
+        kept = {"n_power_iterations": rounds, "dim": norm.dim, "eps": norm.eps}
+        if isinstance(norm, SpectralNorm):
+            kept |= {"impl": norm.impl, "v_first": norm.v_first}
+            return {**kept, "vectors": norm.vectors(), "follows_autocast": norm.follows_autocast}
+        last = chain is not None and self._site.position == len(chain) - 1
+        castable = follows_autocast(self.owner, self.tensor) and not isinstance(self.owner, NormalizedLayer)
+        vectors = {"out": (norm._buffers["_u"], norm._buffers["_v"])} if norm._buffers else {}  # none for a 1-D tensor
+        return {**kept, "vectors": vectors, "follows_autocast": last and castable}
+
+    def put(self, norm: SpectralNorm) -> None:
+        """Carry over what a norm has beside its state: the mode, and the hooks that others put on it."""
+        norm.training = self.norm.training
+        norm.__dict__.update({name: value for name, value in self.norm.__dict__.items() if "_hook" in name})
+
+
+class Parametrization(_Present):
+    """A norm in a chain of parametrizations, torch's or fastsn's."""
+
+    def __init__(self, path: str, site: Site) -> None:
+        whose = "fastsn's" if isinstance(site.norm, SpectralNorm) else "torch's"
+        super().__init__(f"{whose} parametrization", path, site)
+        assert site.chain is not None
+        self._chain = site.chain
+
+    def modules(self) -> set[nn.Module]:
+        return {*super().modules(), self._chain}
+
+    def put(self, norm: SpectralNorm) -> None:
+        super().put(norm)
+        self._chain[self._site.position] = norm  # type: ignore[index]
+        brought_up_after_loading(self._chain)
+        own_class(self.owner)
+        initializable(self.owner)
+
+
+class Layer(_Present):
+    """The norm of a fastsn layer."""
+
+    owner: NormalizedLayer
+
+    def __init__(self, path: str, site: Site) -> None:
+        super().__init__("fastsn's layer", path, site)
+
+    def obstacle(self) -> str | None:
+        if type(self.owner) is not self._class(self.owner.variant):
+            return f"{type(self.owner).__name__} is a subclass of a fastsn layer"
+        return super().obstacle()
+
+    def put(self, norm: SpectralNorm) -> None:
+        super().put(norm)
+        self.owner.spectral_norm = norm
+        self.owner.scale_bias = self.owner.scale_bias and variants.get(norm.variant).free_scale
+        self.owner.__class__ = self._class(norm.variant)  # type: ignore[assignment]
+
+    def _class(self, variant: str) -> type | None:
+        return getattr(layers, variant.upper() + self.owner.plain.__name__, None)
+
+
+class PlainLayer(Adapter):
+    """A layer without a norm."""
+
+    def __init__(self, path: str, owner: nn.Module) -> None:
+        super().__init__("plain layer", path, owner, "weight")
+
+    def obstacle(self) -> str | None:
+        if callable(getattr(type(self.owner), "weight", None)):
+            return "its weight is a method, as in quantized modules"
+        if parametrize.is_parametrized(self.owner, "weight"):
+            return None
+        weight = self.owner._parameters.get("weight", self.owner._buffers.get("weight"))
+        if weight is None:
+            return "its weight is no parameter: a hook makes it, as the old weight_norm does"
+        if not (weight.dtype.is_floating_point or weight.dtype.is_complex):
+            return f"its weight is {weight.dtype}, as in quantized modules"
+        return None
+
+    def weight(self) -> Tensor:
+        if not parametrize.is_parametrized(self.owner, "weight"):
+            weight: Tensor = self.owner.weight  # type: ignore[assignment]
+            return weight
+        chain = chain_of(self.owner, "weight")
+        with _no_autocast(chain):
+            return evaluated(chain)
+
+    def settings(self) -> dict[str, Any]:
+        return {"dim": views.output_dim(self.owner), "follows_autocast": follows_autocast(self.owner, "weight")}
+
+    def put(self, norm: SpectralNorm) -> None:
+        register(self.owner, "weight", norm)
+
+
+def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
+    """Register ``norm`` as the last parametrization, without the use and the write to the tensor that torch makes."""
+    if parametrize.is_parametrized(owner, tensor):
+        chain_of(owner, tensor).append(norm.train(owner.training))
+        brought_up_after_loading(chain_of(owner, tensor))
+        initializable(owner)
+        return
+    own_class(owner)
+    # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
+    original = getattr(owner, tensor)
+    setattr(owner, tensor, nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data)
+    parametrize.register_parametrization(owner, tensor, norm, unsafe=True)  # unsafe: it is not called for a check
+    chain = chain_of(owner, tensor)
+    chain.original, chain.unsafe = original, False
+    brought_up_after_loading(chain)
+    initializable(owner)
+
+
+def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:
+    """The parametrizations of a tensor that has some."""
+    chain = owner.get_submodule(f"parametrizations.{tensor}")
+    assert isinstance(chain, ParametrizationList)
+    return chain
+
+
+def _no_autocast(chain: ParametrizationList) -> AbstractContextManager[object]:
+    return normalize.no_autocast(next(itertools.chain(chain.parameters(recurse=False), chain.buffers(recurse=False))))
