@@ -153,9 +153,9 @@ void run(const std::vector<Weight>& weights, at::TensorList u, at::TensorList v,
 }
 
 std::tuple<Tensor, Tensor> checked(at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef dims,
-                                   at::IntArrayRef views, int64_t n, bool store) {
+                                   at::IntArrayRef view_masks, int64_t n, bool store) {
   Sizes sizes;
-  const std::vector<Weight> list = read_weights(weights, dims, views, "weights", &sizes);
+  const std::vector<Weight> list = read_weights(weights, dims, view_masks, "weights", &sizes);
   TORCH_CHECK_VALUE(n >= 0, "n must be at least 0, got ", n);
   const size_t pairs = static_cast<size_t>(sizes.sigmas);
   TORCH_CHECK_VALUE(u.size() == pairs, "u must have ", pairs, " entries, one per weight and view, got ", u.size());
@@ -185,13 +185,13 @@ std::tuple<Tensor, Tensor> checked(at::TensorList weights, at::TensorList u, at:
 }  // namespace
 
 std::tuple<Tensor, Tensor> power_iteration(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                           at::IntArrayRef dims, at::IntArrayRef views, int64_t n) {
-  return checked(weights, u, v, dims, views, n, false);
+                                           at::IntArrayRef dims, at::IntArrayRef view_masks, int64_t n) {
+  return checked(weights, u, v, dims, view_masks, n, false);
 }
 
 std::tuple<Tensor, Tensor> power_iteration_(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                            at::IntArrayRef dims, at::IntArrayRef views, int64_t n) {
-  return checked(weights, u, v, dims, views, n, true);
+                                            at::IntArrayRef dims, at::IntArrayRef view_masks, int64_t n) {
+  return checked(weights, u, v, dims, view_masks, n, true);
 }
 
 }  // namespace fastsn

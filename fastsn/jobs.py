@@ -117,19 +117,19 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalized]:
     lists = _lists(jobs)
     sigma, vectors = (ops.power_iteration_ if store and n else ops.power_iteration)(*lists, n)
     tensors: list[Tensor] = []
-    which, factors = [], []
+    scale_index, scale_factor = [], []
     for job in jobs:
         if isinstance(job.scale, Tensor):
             known = next((i for i, scale in enumerate(tensors) if scale is job.scale), None)
-            which.append(len(tensors) if known is None else known)
-            factors.append(1.0)
+            scale_index.append(len(tensors) if known is None else known)
+            scale_factor.append(1.0)
             tensors += [job.scale] * (known is None)
         else:
-            which.append(-1)
-            factors.append(job.scale)
+            scale_index.append(-1)
+            scale_factor.append(job.scale)
     scales = [saveable(scale) for scale in tensors]
     dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
-    outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], which, factors, dtypes)
+    outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], scale_index, scale_factor, dtypes)
     batch = _Batch([job.vectors for job in jobs], vectors)
     own = [w if requires_grad(job.weight, job.scale) else w.detach() for w, job in zip(outputs, jobs, strict=True)]
     return [Normalized(w, Fixed(batch, i)) for i, w in enumerate(own)]

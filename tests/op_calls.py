@@ -21,12 +21,12 @@ class Call:
 
     weights: list[Tensor]
     dims: list[int]
-    views: list[int]
+    view_masks: list[int]
     u: list[Tensor]
     v: list[Tensor]
     scales: list[Tensor]
-    which: list[int]
-    factors: list[float]
+    scale_index: list[int]
+    scale_factor: list[float]
     dtypes: list[int]
 
     def iterate(self, n: int = 1, in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -34,10 +34,10 @@ class Call:
         return op(*self.iteration(), n)
 
     def iteration(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:
-        return self.weights, self.u, self.v, self.dims, self.views
+        return self.weights, self.u, self.v, self.dims, self.view_masks
 
     def numbers(self) -> tuple[list[int], list[int], list[int], list[float], list[int]]:
-        return self.dims, self.views, self.which, self.factors, self.dtypes
+        return self.dims, self.view_masks, self.scale_index, self.scale_factor, self.dtypes
 
     def rescale(self, sigma: Tensor, vectors: Tensor) -> tuple[list[Tensor], Tensor]:
         return ops.rescale(self.weights, self.scales, sigma, vectors, *self.numbers())
@@ -47,7 +47,7 @@ class Call:
         lists = [[x.detach().double() for x in values] for values in (self.weights, self.u, self.v, self.scales)]
         weights, u, v, scales = lists
         dtypes = [ops.DTYPE_CODES[torch.float64]] * len(weights)
-        return Call(weights, self.dims, self.views, u, v, scales, self.which, self.factors, dtypes)
+        return Call(weights, self.dims, self.view_masks, u, v, scales, self.scale_index, self.scale_factor, dtypes)
 
 
 def call(weights: Sequence[Tensor], dims: Sequence[int], bits: Sequence[int] | int = 3, scale: str = "float") -> Call:

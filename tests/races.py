@@ -72,5 +72,5 @@ if __name__ == "__main__":
     for name, case in CASES.items():
         for bits, scale, n in ((3, "float", 2), (1, "tensor", 1), (2, "float", 1), (3, "float", 0)):
             check(checker, case, bits, scale, n)
-            print(f"{name}, views {bits}, n = {n}: {time.monotonic() - begin:.0f} s", flush=True)
+            print(f"{name}, view masks {bits}, n = {n}: {time.monotonic() - begin:.0f} s", flush=True)
     print(", ".join(f"{count} {what}" for what, count in checker.counts.items()))

@@ -41,7 +41,7 @@ def test_iterations_over_the_shape_table_are_the_references(dtype, layout, bits,
     lengths = [x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]
     for parts in zip(*(vectors.split(lengths) for _, vectors in (ours, theirs, exact)), strict=True):
         assert_within_rounding(*parts)
-    norms = [w.double().norm() for w, b in zip(weights, c.views, strict=True) for _ in range(b.bit_count())]
+    norms = [w.double().norm() for w, b in zip(weights, c.view_masks, strict=True) for _ in range(b.bit_count())]
     for *sigmas, norm in zip(ours[0], theirs[0], exact[0], norms, strict=True):
         assert_within_rounding(*sigmas, norm)  # u^T M v of vectors that do not belong to M yet may nearly cancel
 
@@ -78,7 +78,7 @@ def test_weights_and_gradients_over_the_shape_table_are_the_references(dtype, la
     # The sum that gives the gradient of a scale may nearly cancel: its rounding is that of its summands.
     terms = [(g.double() * b.double()).abs().sum() / s for g, b, s in zip(gradients, bases, mean.double(), strict=True)]
     for ours, plain, true in zip(d_scales, their_scales, exact_scales, strict=True):
-        assert_within_rounding(ours, plain, true, sum(x * f for x, f in zip(terms, c.factors, strict=True)))
+        assert_within_rounding(ours, plain, true, sum(x * f for x, f in zip(terms, c.scale_factor, strict=True)))
 
 
 def test_a_gradient_in_another_layout_is_the_same_gradient():
@@ -111,7 +111,7 @@ def through_sigma(c: object, vectors: Tensor):
         c.weights, c.scales = list(tensors[: len(c.weights)]), list(tensors[len(c.weights) :])
         pairs = iter(vectors.split([x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]))
         u, v = zip(*((next(pairs), next(pairs)) for _ in c.u), strict=True)
-        sigma, _ = ops.power_iteration(c.weights, list(u), list(v), c.dims, c.views, 0)
+        sigma, _ = ops.power_iteration(c.weights, list(u), list(v), c.dims, c.view_masks, 0)
         outputs, mean = c.rescale(sigma, vectors)
         return (*outputs, mean)
 
@@ -228,7 +228,7 @@ def test_one_graph_under_the_compiler(backend):
         c = call([torch.randn(3, 2, 2, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)], [0, 0], [3, 1])
 
         def run(weights, u, v, c=c):
-            sigma, vectors = ops.power_iteration_(weights, u, v, c.dims, c.views, 1)
+            sigma, vectors = ops.power_iteration_(weights, u, v, c.dims, c.view_masks, 1)
             outputs, mean = ops.rescale(weights, [], sigma, vectors, *c.numbers())
             return sum(x.pow(3).sum() for x in outputs) + mean.sum()
 
@@ -247,7 +247,7 @@ def test_vmap_over_the_functional_op():
     sigma, vectors = c.iterate()
 
     def one(w: Tensor, s: Tensor) -> Tensor:
-        return ops.rescale([w], [s], sigma, vectors, c.dims, c.views, [0], [1.0], c.dtypes)[0][0]
+        return ops.rescale([w], [s], sigma, vectors, c.dims, c.view_masks, [0], [1.0], c.dtypes)[0][0]
 
     scales = torch.rand(4) + 1
     together = torch.vmap(one)(batch, scales)
@@ -258,7 +258,7 @@ def test_vmap_over_the_functional_op():
 def test_vmap_over_the_op_that_writes_is_a_clear_error():
     c = call([torch.randn(3, 2, 2)], [0])
     with pytest.raises(RuntimeError, match=r"[Bb]atching rule not implemented"):
-        torch.vmap(lambda w: ops.power_iteration_([w], c.u, c.v, c.dims, c.views, 1)[0])(torch.randn(4, 3, 2, 2))
+        torch.vmap(lambda w: ops.power_iteration_([w], c.u, c.v, c.dims, c.view_masks, 1)[0])(torch.randn(4, 3, 2, 2))
 
 
 def test_functional_call_of_a_layer():

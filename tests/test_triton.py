@@ -117,7 +117,7 @@ def test_vectors_sigmas_weights_and_gradients_of_the_shape_table_are_right(dtype
     for ours, true in zip(vectors.split(lengths), exact.split(lengths), strict=True):
         assert off(ours, true) <= 1e-6
     for scale in ("float", "tensor"):
-        assert_rescaled_and_derived(call(weights, dims, c.views, scale), sigma, vectors)
+        assert_rescaled_and_derived(call(weights, dims, c.view_masks, scale), sigma, vectors)
 
 
 def assert_rescaled_and_derived(c: Call, sigma: Tensor, vectors: Tensor) -> None:
@@ -167,7 +167,7 @@ def test_a_weight_alone_and_among_others_has_the_same_bits():
     for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
         size = checks.vector_size(w, dim, 3)
         u, v = c.u[2 * i : 2 * i + 2], c.v[2 * i : 2 * i + 2]
-        alone = Call([w], [dim], [3], u, v, [], [-1], c.factors[:1], c.dtypes[:1])
+        alone = Call([w], [dim], [3], u, v, [], [-1], c.scale_factor[:1], c.dtypes[:1])
         own_sigma, own_vectors = alone.iterate()
         assert torch.equal(own_vectors, vectors[at : at + size])
         own_outputs, own_mean = alone.rescale(own_sigma, own_vectors)
@@ -182,7 +182,9 @@ def test_dtypes_mixed_in_one_call_are_those_of_calls_apart():
     outputs, _ = c.rescale(*c.iterate())
     for i, (w, ours) in enumerate(zip(weights, outputs, strict=True)):
         pairs = slice(2 * i, 2 * i + 2)
-        alone = Call([w], c.dims[i : i + 1], [3], c.u[pairs], c.v[pairs], [], [-1], c.factors[:1], c.dtypes[i : i + 1])
+        alone = Call(
+            [w], c.dims[i : i + 1], [3], c.u[pairs], c.v[pairs], [], [-1], c.scale_factor[:1], c.dtypes[i : i + 1]
+        )
         assert torch.equal(alone.rescale(*alone.iterate())[0][0], ours)
 
 
@@ -280,7 +282,7 @@ def test_kernels_with_more_positions_than_a_tile_are_served_by_the_reference():
 
 def test_a_factor_that_a_float32_has_no_room_for():
     c = call([torch.ones(2, 3)], [0], 1)
-    c.factors = [1e300]
+    c.scale_factor = [1e300]
     assert bool(c.rescale(*c.iterate())[0][0].isinf().all())
 
 
