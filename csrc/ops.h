@@ -9,11 +9,13 @@
 namespace fastsn {
 
 std::tuple<at::Tensor, at::Tensor> power_iteration(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                                   at::IntArrayRef dims, at::IntArrayRef view_masks, int64_t n);
+                                                   at::IntArrayRef dims, at::IntArrayRef view_masks,
+                                                   at::IntArrayRef v_first, int64_t n);
 
 // Writes the vectors back into u and v.
 std::tuple<at::Tensor, at::Tensor> power_iteration_(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                                    at::IntArrayRef dims, at::IntArrayRef view_masks, int64_t n);
+                                                    at::IntArrayRef dims, at::IntArrayRef view_masks,
+                                                    at::IntArrayRef v_first, int64_t n);
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> rescale(at::TensorList weights, at::TensorList scales,
                                                         const at::Tensor& sigma, const at::Tensor& vectors,

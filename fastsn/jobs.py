@@ -101,7 +101,7 @@ def _calls(jobs: Sequence[Job]) -> list[tuple[str, list[int]]]:
     return [(impl, places) for (impl, _, _), places in groups.items()]
 
 
-def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:
+def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int], list[int]]:
     """What power_iteration takes of the jobs."""
     u, v, bits = [], [], []
     for job in jobs:
@@ -110,7 +110,7 @@ def _lists(jobs: Sequence[Job]) -> tuple[list[Tensor], list[Tensor], list[Tensor
             u.append(pair[0])
             v.append(pair[1])
             bits[-1] += ops.VIEW_BITS[view]
-    return [job.weight for job in jobs], u, v, [job.dim for job in jobs], bits
+    return [job.weight for job in jobs], u, v, [job.dim for job in jobs], bits, [0] * len(jobs)
 
 
 def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalized]:
@@ -129,7 +129,7 @@ def _run_kernels(jobs: Sequence[Job], n: int, store: bool) -> list[Normalized]:
             scale_factor.append(job.scale)
     scales = [saveable(scale) for scale in tensors]
     dtypes = [ops.DTYPE_CODES[job.dtype] for job in jobs]
-    outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:], scale_index, scale_factor, dtypes)
+    outputs, _ = ops.rescale(lists[0], scales, sigma, vectors, *lists[3:5], scale_index, scale_factor, dtypes)
     batch = _Batch([job.vectors for job in jobs], vectors)
     own = [w if requires_grad(job.weight, job.scale) else w.detach() for w, job in zip(outputs, jobs, strict=True)]
     return [Normalized(w, Fixed(batch, i)) for i, w in enumerate(own)]

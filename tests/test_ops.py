@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastsn
 from fastsn import ops, reference
-from op_calls import call, table
+from op_calls import alternating, call, table
 from shapes import DTYPES, drawn, laid_out
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
@@ -34,7 +36,7 @@ def assert_within_rounding(ours: Tensor, reference_: Tensor, exact: Tensor, size
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_iterations_over_the_shape_table_are_the_references(dtype, layout, bits, n):
     weights, dims = table(dtype, layout)
-    c = call(weights, dims, bits)
+    c = call(weights, dims, bits, v_first=alternating(len(weights), n // 2))
     theirs = ops.fallback.power_iteration(*c.iteration(), n)
     exact = ops.fallback.power_iteration(*c.exact().iteration(), n)
     ours = c.iterate(n)
@@ -44,6 +46,39 @@ def test_iterations_over_the_shape_table_are_the_references(dtype, layout, bits,
     norms = [w.double().norm() for w, b in zip(weights, c.view_masks, strict=True) for _ in range(b.bit_count())]
     for *sigmas, norm in zip(ours[0], theirs[0], exact[0], norms, strict=True):
         assert_within_rounding(*sigmas, norm)  # u^T M v of vectors that do not belong to M yet may nearly cancel
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("iterate", [ops.power_iteration, ops.fallback.power_iteration], ids=["dispatched", "plain"])
+def test_v_first_is_the_iteration_of_torchs_spectral_norm(iterate, n):
+    """By torch's own hook, on the layer and on a Linear of its second view; among weights of the other order."""
+    layers = [(nn.Linear(7, 5), 0), (nn.Conv1d(4, 6, 5), 1), (nn.Conv2d(8, 4, 4), 0), (nn.Conv2d(3, 8, 3), 1)]
+    layers += [(nn.ConvTranspose1d(3, 5, 4), 1), (nn.ConvTranspose2d(6, 4, 4), 1), (nn.ConvTranspose2d(4, 6, 3), 0)]
+    weights = [layer.weight.detach().clone() for layer, _ in layers]
+    weights += [laid_out(w, "channels_last") for w in weights]
+    dims = [dim for _, dim in layers] * 2
+    c = call(weights * 2, dims * 2, v_first=[1] * len(weights) + [0] * len(weights))
+    expected: list[Tensor] = []
+    sigmas: list[Tensor] = []
+    for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
+        oik = fastsn.views.as_oik(w, dim)
+        for pair, view in zip((2 * i, 2 * i + 1), ("out", "in"), strict=True):
+            layer, at = (copy.deepcopy(layers[i % len(layers)][0]), dim) if view == "out" else (nn.Linear(1, 1), 0)
+            if view == "in":
+                layer.weight = nn.Parameter(reference.matrix(oik, view))
+            hook = torch.nn.utils.spectral_norm(layer, n_power_iterations=max(n, 1), dim=at)
+            hook.weight_u.copy_(c.u[pair])
+            hook.weight_v.copy_(c.v[pair])
+            hook.train(n > 0)
+            for prepare in hook._forward_pre_hooks.values():
+                prepare(hook, None)
+            expected += [hook.weight_u, hook.weight_v]
+            sigmas.append((hook.weight_orig / hook.weight).detach().mean())
+    sigma, vectors = iterate(*c.iteration(), n)
+    ours = vectors.split([x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair])[: len(expected)]
+    for x, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(x, theirs, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(sigma[: len(sigmas)], torch.stack(sigmas), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", ["float", "tensor"])
@@ -111,7 +146,7 @@ def through_sigma(c: object, vectors: Tensor):
         c.weights, c.scales = list(tensors[: len(c.weights)]), list(tensors[len(c.weights) :])
         pairs = iter(vectors.split([x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]))
         u, v = zip(*((next(pairs), next(pairs)) for _ in c.u), strict=True)
-        sigma, _ = ops.power_iteration(c.weights, list(u), list(v), c.dims, c.view_masks, 0)
+        sigma, _ = ops.power_iteration(c.weights, list(u), list(v), c.dims, c.view_masks, c.v_first, 0)
         outputs, mean = c.rescale(sigma, vectors)
         return (*outputs, mean)
 
@@ -128,8 +163,9 @@ def test_finite_differences_confirm_first_and_second_derivatives(scale, value):
     assert gradgradcheck(through_sigma(c, vectors), inputs)
 
 
-def test_a_zero_weight_gives_zeros_and_the_gradient_scale_times_g():
-    c = call([torch.zeros(3, 2, 2), torch.randn(3, 2)], [0, 0], [3, 1])
+@pytest.mark.parametrize("v_first", [0, 1])
+def test_a_zero_weight_gives_zeros_and_the_gradient_scale_times_g(v_first):
+    c = call([torch.zeros(3, 2, 2), torch.randn(3, 2)], [0, 0], [3, 1], v_first=[v_first, 0])
     c.weights[0].requires_grad_()
     before = [x.clone() for x in c.u + c.v]
     sigma, vectors = c.iterate(in_place=True)
@@ -201,7 +237,7 @@ def test_vectors_that_are_not_contiguous_are_updated_too():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck asks, torch 2.14
 @pytest.mark.parametrize("scale", ["float", "tensor"])
 def test_opcheck(scale):
-    c = call([torch.randn(3, 2, 2, 2), torch.randn(2, 3, 2), torch.randn(4, 3)], [0, 1, 0], [3, 3, 1], scale)
+    c = call([torch.randn(3, 2, 2, 2), torch.randn(2, 3, 2), torch.randn(4, 3)], [0, 1, 0], [3, 3, 1], scale, [1, 1, 0])
     if scale == "float":  # of which an iteration knows nothing
         torch.library.opcheck(ops.power_iteration, (*c.iteration(), 1))
         torch.library.opcheck(ops.power_iteration_, (*c.iteration(), 1))
@@ -225,10 +261,11 @@ def test_one_graph_under_the_compiler(backend):
     results = []
     for compiled in (False, True):
         torch.manual_seed(3)
-        c = call([torch.randn(3, 2, 2, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)], [0, 0], [3, 1])
+        weights = [torch.randn(3, 2, 2, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)]
+        c = call(weights, [0, 0], [3, 1], v_first=[0, 1])
 
         def run(weights, u, v, c=c):
-            sigma, vectors = ops.power_iteration_(weights, u, v, c.dims, c.view_masks, 1)
+            sigma, vectors = ops.power_iteration_(weights, u, v, c.dims, c.view_masks, c.v_first, 1)
             outputs, mean = ops.rescale(weights, [], sigma, vectors, *c.numbers())
             return sum(x.pow(3).sum() for x in outputs) + mean.sum()
 
@@ -258,7 +295,9 @@ def test_vmap_over_the_functional_op():
 def test_vmap_over_the_op_that_writes_is_a_clear_error():
     c = call([torch.randn(3, 2, 2)], [0])
     with pytest.raises(RuntimeError, match=r"[Bb]atching rule not implemented"):
-        torch.vmap(lambda w: ops.power_iteration_([w], c.u, c.v, c.dims, c.view_masks, 1)[0])(torch.randn(4, 3, 2, 2))
+        torch.vmap(lambda w: ops.power_iteration_([w], c.u, c.v, c.dims, c.view_masks, c.v_first, 1)[0])(
+            torch.randn(4, 3, 2, 2)
+        )
 
 
 def test_functional_call_of_a_layer():
@@ -282,10 +321,11 @@ def test_results_are_the_same_bits_for_any_number_of_threads_and_run():
         for threads in (1, 2, 4, 2, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(5)
-            c = call([w.clone(memory_format=torch.preserve_format).requires_grad_() for w in weights], [0, 0, 0, 0, 1])
+            copies = [w.clone(memory_format=torch.preserve_format).requires_grad_() for w in weights]
+            c = call([*copies, copies[-1]], [0, 0, 0, 0, 1, 1], v_first=[0, 1, 1, 0, 1, 0])
             sigma, vectors = c.iterate(2)
             outputs, mean = c.rescale(sigma, vectors)
-            d_weights = torch.autograd.grad(outputs, c.weights, gradients)
+            d_weights = torch.autograd.grad(outputs, copies, [*gradients, gradients[-1]])
             results.append([sigma, vectors, mean, *outputs, *d_weights])
     finally:
         torch.set_num_threads(before)
@@ -298,9 +338,9 @@ def test_weights_of_any_size_give_the_vectors_of_their_direction(size):
     """A power of two in the weight is one in sigma and changes nothing else, to the bit."""
     power = 2.0 ** round(torch.log2(torch.tensor(size, dtype=torch.float64)).item())
     for dim in (0, 1):
-        c = call([torch.randn(6, 4, 3, 3)], [dim])
+        c = call([torch.randn(6, 4, 3, 3) for _ in range(2)], [dim, dim], v_first=[0, 1])
         sigma, vectors = c.iterate(2)
-        c.weights = [c.weights[0] * power]
+        c.weights = [w * power for w in c.weights]
         scaled, same = c.iterate(2)
         assert torch.equal(vectors, same)
         assert torch.equal(sigma * power, scaled)
@@ -309,11 +349,12 @@ def test_weights_of_any_size_give_the_vectors_of_their_direction(size):
 def test_random_layers_of_one_model_in_one_call_equal_each_alone():
     layers = [(case.build(), layout) for case, dtype, layout in drawn(60, seed=3) if dtype == torch.float32]
     weights = [laid_out(layer.weight.detach(), layout) for layer, layout in layers]
-    c = call(weights, [fastsn.views.output_dim(layer) for layer, _ in layers])
+    dims = [fastsn.views.output_dim(layer) for layer, _ in layers]
+    c = call(weights, dims, v_first=alternating(len(weights)))
     sigma, vectors = c.iterate(2)
     outputs, mean = c.rescale(sigma, vectors)
     for i, w in enumerate(weights):
-        alone = call([w], c.dims[i : i + 1])
+        alone = call([w], c.dims[i : i + 1], v_first=c.v_first[i])
         alone.u, alone.v = c.u[2 * i : 2 * i + 2], c.v[2 * i : 2 * i + 2]
         s, x = alone.iterate(2)
         (output,), _ = alone.rescale(s, x)
@@ -341,18 +382,19 @@ def test_a_model_in_a_step_costs_as_many_calls_as_a_layer():
 @pytest.mark.parametrize("dim", [0, 1])
 def test_weights_at_the_ends_of_the_range_are_finite_and_right(size, dim):
     w = torch.randn(6, 4, 3, 3) * size
-    c = call([w], [dim])
-    (output,), mean = c.rescale(*c.iterate(3))
-    assert output.isfinite().all()
-    torch.testing.assert_close(output.double(), 1.3 * w.double() / mean.double(), rtol=1e-5, atol=0)
+    c = call([w, w], [dim, dim], v_first=[0, 1])
+    outputs, mean = c.rescale(*c.iterate(3))
+    for output, sigma in zip(outputs, mean.double(), strict=True):
+        assert output.isfinite().all()
+        torch.testing.assert_close(output.double(), 1.3 * w.double() / sigma, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [1e-310, 1e-300, 1e300])
 def test_float64_weights_at_the_ends_of_the_range(size):
     weight = torch.randn(5, 4, 3, dtype=torch.float64)
-    c = call([weight * size], [0])
+    c = call([weight * size] * 2, [0, 0], v_first=[0, 1])
     _, vectors = c.iterate(2)
-    c.weights = [weight]
+    c.weights = [weight] * 2
     torch.testing.assert_close(vectors, c.iterate(2)[1], rtol=1e-6, atol=1e-8)
 
 

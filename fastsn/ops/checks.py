@@ -20,10 +20,16 @@ def check_iteration(
     v: Sequence[Tensor],
     dims: Sequence[int],
     view_masks: Sequence[int],
+    v_first: Sequence[int],
     n: int,
 ) -> list[tuple[int, str]]:
     """(position of the weight, view) of every pair of vectors; raises if an argument is not as it must be."""
     _check_weights(weights, dims, view_masks)
+    if len(v_first) != len(weights):
+        raise ValueError(f"v_first must have {len(weights)} entries, one per entry of weights, got {len(v_first)}")
+    for i, order in enumerate(v_first):
+        if order not in (0, 1):
+            raise ValueError(f"v_first[{i}] must be 0 (u first) or 1 (v first), got {order}")
     pairs = [(i, view) for i, bits in enumerate(view_masks) for view, bit in VIEW_BITS.items() if bits & bit]
     _check_vectors(weights, dims, pairs, u, v)
     if n < 0:

@@ -20,15 +20,18 @@ def power_iteration(
     v: Sequence[Tensor],
     dims: Sequence[int],
     view_masks: Sequence[int],
+    v_first: Sequence[int],
     n: int,
 ) -> tuple[Tensor, Tensor]:
     """``power_iteration`` of any device."""
-    pairs = checks.check_iteration(weights, u, v, dims, view_masks, n)
+    pairs = checks.check_iteration(weights, u, v, dims, view_masks, v_first, n)
     oiks = [views.as_oik(w, dim) for w, dim in zip(weights, dims, strict=True)]
     state: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in weights]
     for (i, view), left, right in zip(pairs, u, v, strict=True):
         state[i][view] = (left, right)
-    vectors: Sequence[Vectors] = reference.power_iteration(oiks, state, n) if n else state
+    vectors: Sequence[Vectors] = state
+    if n:
+        vectors = reference.power_iteration(oiks, state, n, v_first=[bool(order) for order in v_first])
     sigmas = [sigma for found in reference.sigmas(oiks, vectors) for sigma in found.values()]
     return torch.stack(sigmas), torch.cat([x for found in vectors for pair in found.values() for x in pair])
 

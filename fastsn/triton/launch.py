@@ -115,7 +115,7 @@ def _step_of(weights: Sequence[Tensor], device: torch.device) -> Callable[[Setti
     gradients = [torch.randn_like(w) for w in weights]
 
     def step() -> None:
-        sigma, vectors = call("power_iteration_", weights, u, v, *numbers[:2], 1)
+        sigma, vectors = call("power_iteration_", weights, u, v, *numbers[:2], [0] * count, 1)
         outputs, mean = call("rescale", weights, [], sigma, vectors, *numbers)
         call("rescale_backward", gradients, None, outputs, [], mean, vectors, *numbers)
 
