@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,37 +46,38 @@ def test_iterations_over_the_shape_table_are_the_references(dtype, layout, bits,
         assert_within_rounding(*sigmas, norm)  # u^T M v of vectors that do not belong to M yet may nearly cancel
 
 
+def by_torchs_hook(weight: Tensor, dim: int, u: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and sigma of torch.nn.utils.spectral_norm after a forward; n = 0: in evaluation."""
+    module = nn.Module()
+    module.weight = nn.Parameter(weight)
+    nn.utils.spectral_norm(module, n_power_iterations=max(n, 1), dim=dim)
+    module.weight_u.copy_(u)
+    module.weight_v.copy_(v)
+    module.train(n > 0)
+    for prepare in module._forward_pre_hooks.values():
+        prepare(module, None)
+    return module.weight_u, module.weight_v, (module.weight_orig / module.weight).detach().mean()
+
+
 @pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("iterate", [ops.power_iteration, ops.fallback.power_iteration], ids=["dispatched", "plain"])
 def test_v_first_is_the_iteration_of_torchs_spectral_norm(iterate, n):
-    """By torch's own hook, on the layer and on a Linear of its second view; among weights of the other order."""
-    layers = [(nn.Linear(7, 5), 0), (nn.Conv1d(4, 6, 5), 1), (nn.Conv2d(8, 4, 4), 0), (nn.Conv2d(3, 8, 3), 1)]
-    layers += [(nn.ConvTranspose1d(3, 5, 4), 1), (nn.ConvTranspose2d(6, 4, 4), 1), (nn.ConvTranspose2d(4, 6, 3), 0)]
-    weights = [layer.weight.detach().clone() for layer, _ in layers]
-    weights += [laid_out(w, "channels_last") for w in weights]
-    dims = [dim for _, dim in layers] * 2
-    c = call(weights * 2, dims * 2, v_first=[1] * len(weights) + [0] * len(weights))
-    expected: list[Tensor] = []
-    sigmas: list[Tensor] = []
-    for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
-        oik = fastsn.views.as_oik(w, dim)
-        for pair, view in zip((2 * i, 2 * i + 1), ("out", "in"), strict=True):
-            layer, at = (copy.deepcopy(layers[i % len(layers)][0]), dim) if view == "out" else (nn.Linear(1, 1), 0)
-            if view == "in":
-                layer.weight = nn.Parameter(reference.matrix(oik, view))
-            hook = torch.nn.utils.spectral_norm(layer, n_power_iterations=max(n, 1), dim=at)
-            hook.weight_u.copy_(c.u[pair])
-            hook.weight_v.copy_(c.v[pair])
-            hook.train(n > 0)
-            for prepare in hook._forward_pre_hooks.values():
-                prepare(hook, None)
-            expected += [hook.weight_u, hook.weight_v]
-            sigmas.append((hook.weight_orig / hook.weight).detach().mean())
+    """Linear, Conv and ConvTranspose weights, their output channels first and second; the second view by the hook on
+    its matrix. A weight of the other order is among them."""
+    shapes = {(5, 7): 0, (4, 6): 1, (6, 4, 5): 0, (8, 4, 4, 4): 1, (8, 3, 3, 3): 0, (3, 5, 4): 1}
+    weights, dims = [torch.randn(shape) for shape in shapes], list(shapes.values())
+    weights += [laid_out(w, "channels_last") for w in weights[3:5]]
+    dims += dims[3:5]
+    c = call([*weights, weights[0]], [*dims, 0], v_first=[1] * len(weights) + [0])
     sigma, vectors = iterate(*c.iteration(), n)
-    ours = vectors.split([x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair])[: len(expected)]
-    for x, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(x, theirs, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(sigma[: len(sigmas)], torch.stack(sigmas), rtol=1e-4, atol=1e-5)
+    ours = iter(vectors.split([x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]))
+    for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
+        second = reference.matrix(fastsn.views.as_oik(w, dim), "in")
+        for at, matrix, own in ((2 * i, w, dim), (2 * i + 1, second, 0)):
+            u, v, norm = by_torchs_hook(matrix, own, c.u[at], c.v[at], n)
+            torch.testing.assert_close(next(ours), u, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(next(ours), v, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(sigma[at], norm, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", ["float", "tensor"])
