@@ -25,7 +25,7 @@ def _calls(channels: int, kernel: int) -> dict[str, Callable[[], object]]:
     pairs, bits = norm.vectors(), sum(ops.VIEW_BITS[view] for view in norm.views)
     u, v = [pair[0] for pair in pairs.values()], [pair[1] for pair in pairs.values()]
     frozen, gradient, dtypes = weight.detach(), torch.randn_like(weight), [ops.DTYPE_CODES[weight.dtype]]
-    sigma, vectors = ops.power_iteration([frozen], u, v, [0], [bits], 1)
+    sigma, vectors = ops.power_iteration([frozen], u, v, [0], [bits], [0], 1)
 
     def rescaled(w: torch.Tensor) -> torch.Tensor:
         return ops.rescale([w], [], sigma, vectors, [0], [bits], [-1], [1.4], dtypes)[0][0]
@@ -35,7 +35,7 @@ def _calls(channels: int, kernel: int) -> dict[str, Callable[[], object]]:
         weight.grad = None
 
     return {
-        "power_iteration_": lambda: ops.power_iteration_([frozen], u, v, [0], [bits], 1),
+        "power_iteration_": lambda: ops.power_iteration_([frozen], u, v, [0], [bits], [0], 1),
         "rescale": lambda: rescaled(frozen),
         "rescale, forward + backward": forward_and_backward,
         "layer.weight": lambda: layer.weight,

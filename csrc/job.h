@@ -62,11 +62,11 @@ struct Job {
   A *x, *z;                  // what the local half takes: padded, in memory order, z spread
   A* sums;                   // x and z as accumulated, of one piece after the other
   int64_t pieces, piece_rows, x_size, z_size;
+  bool two_passes;  // x and z come first in a round, in a pass of their own; otherwise p and q, and one pass does both
   std::atomic<int64_t> pending{0};
 
   const Shape& shape() const { return weight->arrangement.shape; }
   int64_t rows() const { return weight->arrangement.rows; }
-  bool turned() const { return weight->arrangement.turned; }
 
   // x_unit, z_unit -> x, z
   void prepare() const {
@@ -160,7 +160,7 @@ struct Job {
                                 : std::numeric_limits<A>::quiet_NaN();
   }
 
-  // After both halves: u from the local one, v and sigma from the accumulating one.
+  // One pass: p and q from the local half, then x, z and sigma from the accumulating one.
   void finish_fused() const {
     const auto [b, k, kb] = shape();
     const auto in_range = [](const Norm& x) { return x.sound && x.value > kTiny<A> && x.value < kHuge<A>; };
@@ -191,7 +191,7 @@ struct Job {
     return std::ldexp(found.value, -exponent);
   }
 
-  // Turned weights: u, then v and sigma.
+  // Two passes: x and z from the first, then p, q and sigma from the second.
   void finish_accumulated() const {
     gather();
     if (x_unit) take(x_sums(0), shape().n(), 1, x_unit, nullptr);

@@ -1,9 +1,11 @@
-// fastsn::power_iteration for CPU tensors: u <- M v / |M v|, v <- M^T u / |M^T u| for every view of every weight.
+// fastsn::power_iteration for CPU tensors: u <- M v / |M v|, v <- M^T u / |M^T u| for every view of every weight; with
+// v_first the second step before the first.
 //
-// Rows that are output channels: the local half of a block of rows gives its entries of u, which the accumulating half
-// then takes while the block is still in the cache: one read of the weight per iteration. The accumulated vector is not
-// divided by |M v| before the end; sigma is |M^T M v| / |M v|. Rows that are input channels (ConvTranspose): u is the
-// accumulated vector and has to be complete before v is begun, so there are two reads.
+// Where the vector with entries for rows comes first in a round (rows are output channels, and u does; or rows are input
+// channels, as of ConvTranspose, and v does), the local half of a block of rows gives its entries, which the
+// accumulating half then takes while the block is still in the cache: one read of the weight per round. The accumulated
+// vector is not divided by the norm of the first product before the end; sigma is |M^T M v| / |M v|, or |M M^T u| /
+// |M^T u|. Otherwise the accumulated vector comes first, and has to be complete before the local half begins: two reads.
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
 
@@ -22,11 +24,14 @@ namespace {
 template <class A>
 class Call {
  public:
-  Call(const std::vector<Weight>& weights, A* vectors, A* sigmas) : jobs_(weights.size()) {
+  Call(const std::vector<Weight>& weights, at::IntArrayRef v_first, A* vectors, A* sigmas) : jobs_(weights.size()) {
     Parts<A> counted;
     for (size_t i = 0; i < weights.size(); ++i) place(jobs_[i], weights[i], counted, vectors, sigmas);
     Parts<A> parts(scratch<A>(counted.size(), 1));
-    for (size_t i = 0; i < weights.size(); ++i) place(jobs_[i], weights[i], parts, vectors, sigmas);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      place(jobs_[i], weights[i], parts, vectors, sigmas);
+      jobs_[i].two_passes = weights[i].arrangement.turned != (v_first[i] != 0);
+    }
     for (size_t i = 0; i < jobs_.size(); ++i)
       for (int64_t piece = 0; piece < jobs_[i].pieces; ++piece) items_.push_back({i, piece});
     for (const Weight& w : weights) parallel_ = (elements_ += w.numel()) >= kSerial;
@@ -38,20 +43,20 @@ class Call {
   }
 
   void iterate() {
-    bool turned = false;
+    bool again = false;
     for (Job<A>& job : jobs_) {
-      turned = turned || job.turned();
-      if (job.turned()) {
+      again = again || job.two_passes;
+      if (job.two_passes) {
         std::copy_n(job.p_unit, job.p_unit ? job.rows() : 0, job.p);
         std::copy_n(job.q_unit, job.q_unit ? job.rows() * job.shape().k : 0, job.q);
       } else {
         job.prepare();
       }
     }
-    pass([](const Job<A>& job) { return job.turned() ? kAccumulate : kLocal | kAccumulate; },
-         [](const Job<A>& job) { job.turned() ? job.finish_accumulated() : job.finish_fused(); });
-    if (turned)
-      pass([](const Job<A>& job) { return job.turned() ? kLocal : 0; },
+    pass([](const Job<A>& job) { return job.two_passes ? kAccumulate : kLocal | kAccumulate; },
+         [](const Job<A>& job) { job.two_passes ? job.finish_accumulated() : job.finish_fused(); });
+    if (again)
+      pass([](const Job<A>& job) { return job.two_passes ? kLocal : 0; },
            [](const Job<A>& job) { job.finish_local(); });
   }
 
@@ -122,8 +127,8 @@ void check_vector(const Tensor& x, int64_t size, at::ScalarType dtype, const Ten
 }
 
 template <class A>
-void run(const std::vector<Weight>& weights, at::TensorList u, at::TensorList v, int64_t n, bool store,
-         const Tensor& sigmas, const Tensor& vectors) {
+void run(const std::vector<Weight>& weights, at::TensorList u, at::TensorList v, at::IntArrayRef v_first, int64_t n,
+         bool store, const Tensor& sigmas, const Tensor& vectors) {
   A* const flat = vectors.mutable_data_ptr<A>();
   const auto for_vectors = [&](const auto& f) {
     size_t pair = 0;
@@ -139,7 +144,7 @@ void run(const std::vector<Weight>& weights, at::TensorList u, at::TensorList v,
   for_vectors([&](const Tensor& x, int64_t offset, int64_t size) {
     std::copy_n(x.contiguous().template const_data_ptr<A>(), size, flat + offset);
   });
-  Call<A> call(weights, flat, sigmas.mutable_data_ptr<A>());
+  Call<A> call(weights, v_first, flat, sigmas.mutable_data_ptr<A>());
   for (int64_t i = 0; i < n; ++i) call.iterate();
   if (n == 0) call.measure();
   if (!store) return;
@@ -153,9 +158,14 @@ void run(const std::vector<Weight>& weights, at::TensorList u, at::TensorList v,
 }
 
 std::tuple<Tensor, Tensor> checked(at::TensorList weights, at::TensorList u, at::TensorList v, at::IntArrayRef dims,
-                                   at::IntArrayRef views, int64_t n, bool store) {
+                                   at::IntArrayRef view_masks, at::IntArrayRef v_first, int64_t n, bool store) {
   Sizes sizes;
-  const std::vector<Weight> list = read_weights(weights, dims, views, "weights", &sizes);
+  const std::vector<Weight> list = read_weights(weights, dims, view_masks, "weights", &sizes);
+  TORCH_CHECK_VALUE(v_first.size() == weights.size(), "v_first must have ", weights.size(),
+                    " entries, one per entry of weights, got ", v_first.size());
+  for (size_t i = 0; i < v_first.size(); ++i)
+    TORCH_CHECK_VALUE(v_first[i] == 0 || v_first[i] == 1, "v_first[", i, "] must be 0 (u first) or 1 (v first), got ",
+                      v_first[i]);
   TORCH_CHECK_VALUE(n >= 0, "n must be at least 0, got ", n);
   const size_t pairs = static_cast<size_t>(sizes.sigmas);
   TORCH_CHECK_VALUE(u.size() == pairs, "u must have ", pairs, " entries, one per weight and view, got ", u.size());
@@ -176,22 +186,24 @@ std::tuple<Tensor, Tensor> checked(at::TensorList weights, at::TensorList u, at:
   const auto options = weights[0].options().dtype(dtype).requires_grad(false);
   const Tensor sigmas = at::empty({sizes.sigmas}, options), vectors = at::empty({sizes.vectors}, options);
   if (dtype == at::kDouble)
-    run<double>(list, u, v, n, store, sigmas, vectors);
+    run<double>(list, u, v, v_first, n, store, sigmas, vectors);
   else
-    run<float>(list, u, v, n, store, sigmas, vectors);
+    run<float>(list, u, v, v_first, n, store, sigmas, vectors);
   return {sigmas, vectors};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> power_iteration(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                           at::IntArrayRef dims, at::IntArrayRef views, int64_t n) {
-  return checked(weights, u, v, dims, views, n, false);
+                                           at::IntArrayRef dims, at::IntArrayRef view_masks,
+                                           at::IntArrayRef v_first, int64_t n) {
+  return checked(weights, u, v, dims, view_masks, v_first, n, false);
 }
 
 std::tuple<Tensor, Tensor> power_iteration_(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                            at::IntArrayRef dims, at::IntArrayRef views, int64_t n) {
-  return checked(weights, u, v, dims, views, n, true);
+                                            at::IntArrayRef dims, at::IntArrayRef view_masks,
+                                            at::IntArrayRef v_first, int64_t n) {
+  return checked(weights, u, v, dims, view_masks, v_first, n, true);
 }
 
 }  // namespace fastsn

@@ -1,6 +1,6 @@
 // Registration only: the kernels for CPU tensors, and rescale's rule of differentiation in C++, because one that is
 // written in Python costs ten times as long as the kernels of a small layer; it serves the Triton kernels too. Schemas,
-// fakes and the rules for other devices and for the second order are in fastsn/ops.py.
+// fakes and the rules for other devices and for the second order are in fastsn/ops/.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/zeros_like.h>
@@ -30,44 +30,45 @@ auto find(const char* name) {
 }
 
 auto call_rescale(at::TensorList weights, at::TensorList scales, const Tensor& sigma, const Tensor& vectors,
-                  at::IntArrayRef dims, at::IntArrayRef views, at::IntArrayRef which, at::ArrayRef<double> factors,
-                  at::IntArrayRef dtypes) {
+                  at::IntArrayRef dims, at::IntArrayRef view_masks, at::IntArrayRef scale_index,
+                  at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
   static const auto op = find<decltype(rescale)>("fastsn::rescale");
-  return op.call(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+  return op.call(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes);
 }
 
 // The plain numbers of a call, one entry per weight.
 struct Numbers {
-  Ints dims, views, which, dtypes;
-  std::vector<double> factors;
+  Ints dims, view_masks, scale_index, dtypes;
+  std::vector<double> scale_factor;
 
   // Of the given weights only.
   Numbers at(const Ints& places) const {
     Numbers found;
     for (const int64_t i : places) {
       found.dims.push_back(dims[i]);
-      found.views.push_back(views[i]);
-      found.which.push_back(which[i]);
+      found.view_masks.push_back(view_masks[i]);
+      found.scale_index.push_back(scale_index[i]);
       found.dtypes.push_back(dtypes[i]);
-      found.factors.push_back(factors[i]);
+      found.scale_factor.push_back(scale_factor[i]);
     }
     return found;
   }
 };
 
 // How many entries of the flat vectors belong to a weight: O + I·K for the view `out`, O·K + I for `in`.
-c10::SymInt vector_size(const Tensor& weight, int64_t dim, int64_t views) {
+c10::SymInt vector_size(const Tensor& weight, int64_t dim, int64_t view_mask) {
   const c10::SymInt o = weight.sym_size(dim), i = weight.sym_size(dim == 0 ? 1 : 0), n = weight.sym_numel();
-  return ((views & 1) ? o + n / o : c10::SymInt(0)) + ((views & 2) ? n / i + i : c10::SymInt(0));
+  return ((view_mask & 1) ? o + n / o : c10::SymInt(0)) + ((view_mask & 2) ? n / i + i : c10::SymInt(0));
 }
 
 struct Rescale : torch::autograd::Function<Rescale> {
   static variable_list forward(AutogradContext* ctx, at::TensorList weights, at::TensorList scales, const Tensor& sigma,
-                               const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
-                               at::IntArrayRef which, at::ArrayRef<double> factors,
+                               const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef view_masks,
+                               at::IntArrayRef scale_index, at::ArrayRef<double> scale_factor,
                                at::IntArrayRef dtypes) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [outputs, mean] = call_rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+    auto [outputs, mean] =
+        call_rescale(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes);
     ctx->set_materialize_grads(false);
     // W̄ is what the gradient needs, so that the weight may change before it is asked for. Only the gradient of a scale
     // needs the weight itself, because the scale may be 0.
@@ -76,17 +77,17 @@ struct Rescale : torch::autograd::Function<Rescale> {
     saved.reserve(weights.size() + scales.size() + 2);
     for (size_t i = 0; i < weights.size(); ++i) {
       own_dtypes.push_back(static_cast<int64_t>(weights[i].scalar_type()));
-      saved.push_back(which[i] < 0 ? outputs[i] : weights[i]);
+      saved.push_back(scale_index[i] < 0 ? outputs[i] : weights[i]);
     }
     saved.insert(saved.end(), scales.begin(), scales.end());
     saved.push_back(mean);
     saved.push_back(vectors);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["dims"] = dims.vec();
-    ctx->saved_data["views"] = views.vec();
-    ctx->saved_data["which"] = which.vec();
+    ctx->saved_data["view_masks"] = view_masks.vec();
+    ctx->saved_data["scale_index"] = scale_index.vec();
     ctx->saved_data["dtypes"] = std::move(own_dtypes);
-    ctx->saved_data["factors"] = factors.vec();
+    ctx->saved_data["scale_factor"] = scale_factor.vec();
     outputs.push_back(std::move(mean));
     return std::move(outputs);
   }
@@ -94,8 +95,8 @@ struct Rescale : torch::autograd::Function<Rescale> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = saved_variables(*ctx);
     auto& data = ctx->saved_data;
-    const Numbers all{data["dims"].toIntVector(), data["views"].toIntVector(), data["which"].toIntVector(),
-                      data["dtypes"].toIntVector(), data["factors"].toDoubleVector()};
+    const Numbers all{data["dims"].toIntVector(), data["view_masks"].toIntVector(), data["scale_index"].toIntVector(),
+                      data["dtypes"].toIntVector(), data["scale_factor"].toDoubleVector()};
     const size_t count = all.dims.size(), scale_count = saved.size() - count - 2;
     const Tensor &sigma = saved[saved.size() - 2], &vectors = saved.back(), &g_sigma = grads[count];
 
@@ -104,7 +105,8 @@ struct Rescale : torch::autograd::Function<Rescale> {
     variable_list result(count + scale_count + 7), g, bases;
     Ints used;
     for (size_t i = 0; i < count; ++i) {
-      const bool asked = ctx->needs_input_grad(i) || (all.which[i] >= 0 && ctx->needs_input_grad(count + all.which[i]));
+      const int64_t scale = all.scale_index[i];
+      const bool asked = ctx->needs_input_grad(i) || (scale >= 0 && ctx->needs_input_grad(count + scale));
       if (!asked || !(grads[i].defined() || g_sigma.defined())) continue;
       used.push_back(static_cast<int64_t>(i));
       bases.push_back(saved[i]);
@@ -140,7 +142,7 @@ struct Rescale : torch::autograd::Function<Rescale> {
                 "(fastsn.fuse(model) needs none), or give all backward calls but the last one retain_graph=True");
   }
 
-  // To be differentiated again, it goes the way of fastsn/ops.py; otherwise straight to the kernel.
+  // To be differentiated again, it goes the way of fastsn/ops/; otherwise straight to the kernel.
   static std::tuple<variable_list, variable_list> call(const variable_list& g,
                                                        const std::optional<Tensor>& g_sigma,
                                                        const variable_list& bases, const variable_list& scales,
@@ -148,7 +150,8 @@ struct Rescale : torch::autograd::Function<Rescale> {
     static const auto op = find<decltype(rescale_backward)>("fastsn::rescale_backward");
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
-    return op.call(g, g_sigma, bases, scales, sigma, vectors, n.dims, n.views, n.which, n.factors, n.dtypes);
+    return op.call(g, g_sigma, bases, scales, sigma, vectors, n.dims, n.view_masks, n.scale_index,
+                   n.scale_factor, n.dtypes);
   }
 
   static Tensor some(const Tensor& x, const Ints& places) {
@@ -163,7 +166,7 @@ struct Rescale : torch::autograd::Function<Rescale> {
     c10::SymInt offset = 0;
     size_t next = 0;
     for (size_t i = 0; i < all.dims.size(); ++i) {
-      const c10::SymInt size = vector_size(weights[i], all.dims[i], all.views[i]);
+      const c10::SymInt size = vector_size(weights[i], all.dims[i], all.view_masks[i]);
       if (next < places.size() && places[next] == static_cast<int64_t>(i)) {
         parts.push_back(vectors.narrow_symint(0, offset, size));
         ++next;
@@ -179,16 +182,17 @@ bool requires_grad(at::TensorList list) {
 }
 
 std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::TensorList scales, const Tensor& sigma,
-                                                   const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
-                                                   at::IntArrayRef which, at::ArrayRef<double> factors,
-                                                   at::IntArrayRef dtypes) {
+                                                   const Tensor& vectors, at::IntArrayRef dims,
+                                                   at::IntArrayRef view_masks, at::IntArrayRef scale_index,
+                                                   at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
   for (const Tensor& w : weights)
     TORCH_CHECK_NOT_IMPLEMENTED(!w._fw_grad(0).defined(), "fastsn::rescale has no forward-mode derivative");
   if (!at::GradMode::is_enabled() || !(requires_grad(weights) || requires_grad(scales))) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+    return call_rescale(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes);
   }
-  variable_list outputs = Rescale::apply(weights, scales, sigma, vectors, dims, views, which, factors, dtypes);
+  variable_list outputs =
+      Rescale::apply(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes);
   Tensor mean = std::move(outputs.back());
   outputs.pop_back();
   return {std::move(outputs), std::move(mean)};

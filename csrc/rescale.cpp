@@ -67,20 +67,20 @@ Tensor means(const std::vector<Weight>& weights, const Tensor& sigma) {
 }  // namespace
 
 std::tuple<std::vector<Tensor>, Tensor> rescale(at::TensorList weights, at::TensorList scales, const Tensor& sigma,
-                                                const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views,
-                                                at::IntArrayRef which, at::ArrayRef<double> factors,
+                                                const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef view_masks,
+                                                at::IntArrayRef scale_index, at::ArrayRef<double> scale_factor,
                                                 at::IntArrayRef dtypes) {
   Sizes sizes;
-  std::vector<Weight> list = read_weights(weights, dims, views, "weights", &sizes);
+  std::vector<Weight> list = read_weights(weights, dims, view_masks, "weights", &sizes);
   const at::ScalarType dtype = sum_dtype(weights);
   check_flat(sigma, sizes.sigmas, dtype, "sigma");
   check_flat(vectors, sizes.vectors, dtype, "vectors");
-  check_scales(list.size(), scales, which, factors);
+  check_scales(list.size(), scales, scale_index, scale_factor);
   const std::vector<at::ScalarType> out_dtypes = check_dtypes(list.size(), dtypes);
   std::vector<double> numbers;
   std::vector<Result> results;
   for (size_t i = 0; i < list.size(); ++i) {
-    numbers.push_back(scale_of(i, scales, which, factors));
+    numbers.push_back(scale_of(i, scales, scale_index, scale_factor));
     results.push_back(result(weights[i], list[i], out_dtypes[i]));
   }
   Tensor mean;

@@ -176,12 +176,12 @@ class Backward {
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
     at::TensorList gradients, const std::optional<Tensor>& g_sigma, at::TensorList bases, at::TensorList scales, const Tensor& sigma,
-    const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef views, at::IntArrayRef which,
-    at::ArrayRef<double> factors, at::IntArrayRef dtypes) {
+    const Tensor& vectors, at::IntArrayRef dims, at::IntArrayRef view_masks, at::IntArrayRef scale_index,
+    at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
   Sizes sizes;
-  std::vector<Weight> list = read_weights(bases, dims, views, "bases", &sizes);
+  std::vector<Weight> list = read_weights(bases, dims, view_masks, "bases", &sizes);
   const std::vector<at::ScalarType> own_dtypes = check_dtypes(list.size(), dtypes);
-  check_scales(list.size(), scales, which, factors);
+  check_scales(list.size(), scales, scale_index, scale_factor);
   const at::ScalarType dtype = wide(own_dtypes[0]);
   for (size_t i = 0; i < own_dtypes.size(); ++i)
     TORCH_CHECK_TYPE(wide(own_dtypes[i]) == dtype, "dtypes[", i, "] must have sums in ", dtype, ", got ", own_dtypes[i]);
@@ -210,8 +210,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
       gradient.g.tensor = fresh_like(base, g.scalar_type()).copy_(g);
       arranged(gradient.g.tensor, dims[i], w.arrangement, &gradient.g.stride);
     }
-    gradient.scale = scale_of(i, scales, which, factors);
-    gradient.base_is_weight = which[i] >= 0;
+    gradient.scale = scale_of(i, scales, scale_index, scale_factor);
+    gradient.base_is_weight = scale_index[i] >= 0;
     all.push_back(std::move(gradient));
   }
   const Tensor flat = vectors.contiguous(), sigmas = sigma.contiguous();
@@ -231,7 +231,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
   }
   std::vector<double> sums(scales.size());
   for (size_t i = 0; i < list.size(); ++i)
-    if (which[i] >= 0) sums[which[i]] += d_scale[i] * factors[i];
+    if (scale_index[i] >= 0) sums[scale_index[i]] += d_scale[i] * scale_factor[i];
   for (size_t i = 0; i < scales.size(); ++i)
     d_scales.push_back(at::scalar_tensor(sums[i], scales[i].options().requires_grad(false)).view(scales[i].sizes()));
   return {d_weights, d_scales};

@@ -8,14 +8,15 @@ namespace fastsn {
 
 using at::Tensor;
 
-double scale_of(size_t i, at::TensorList scales, at::IntArrayRef which, at::ArrayRef<double> factors) {
-  return which[i] < 0 ? factors[i] : factors[i] * scales[which[i]].item<double>();
+double scale_of(size_t i, at::TensorList scales, at::IntArrayRef scale_index, at::ArrayRef<double> scale_factor) {
+  return scale_index[i] < 0 ? scale_factor[i] : scale_factor[i] * scales[scale_index[i]].item<double>();
 }
 
-void check_scales(size_t count, at::TensorList scales, at::IntArrayRef which, at::ArrayRef<double> factors) {
-  TORCH_CHECK_VALUE(which.size() == count, "which must have ", count, " entries, one per weight, got ", which.size());
-  TORCH_CHECK_VALUE(factors.size() == count, "factors must have ", count, " entries, one per weight, got ",
-                    factors.size());
+void check_scales(size_t count, at::TensorList scales, at::IntArrayRef scale_index, at::ArrayRef<double> scale_factor) {
+  TORCH_CHECK_VALUE(scale_index.size() == count, "scale_index must have ", count, " entries, one per weight, got ",
+                    scale_index.size());
+  TORCH_CHECK_VALUE(scale_factor.size() == count, "scale_factor must have ", count, " entries, one per weight, got ",
+                    scale_factor.size());
   for (size_t i = 0; i < scales.size(); ++i) {
     TORCH_CHECK_VALUE(scales[i].numel() == 1, "scales[", i, "] must be one number, got shape ", scales[i].sizes());
     TORCH_CHECK_TYPE(at::isFloatingType(scales[i].scalar_type()), "scales[", i, "] must be floating point, got ",
@@ -23,9 +24,9 @@ void check_scales(size_t count, at::TensorList scales, at::IntArrayRef which, at
     TORCH_CHECK_VALUE(scales[i].device().is_cpu(), "scales[", i, "] must be on cpu, got ", scales[i].device());
   }
   for (size_t i = 0; i < count; ++i) {
-    TORCH_CHECK_INDEX(which[i] < static_cast<int64_t>(scales.size()), "which[", i, "] must be less than ",
-                      scales.size(), ", the number of scales, got ", which[i]);
-    TORCH_CHECK_VALUE(std::isfinite(factors[i]), "factors[", i, "] must be finite, got ", factors[i]);
+    TORCH_CHECK_INDEX(scale_index[i] < static_cast<int64_t>(scales.size()), "scale_index[", i, "] must be less than ",
+                      scales.size(), ", the number of scales, got ", scale_index[i]);
+    TORCH_CHECK_VALUE(std::isfinite(scale_factor[i]), "scale_factor[", i, "] must be finite, got ", scale_factor[i]);
   }
 }
 

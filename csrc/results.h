@@ -7,12 +7,12 @@ namespace fastsn {
 constexpr int64_t kBlock = 4096;  // elements that are converted at a time
 
 // Errors name the argument and the position in the list.
-void check_scales(size_t count, at::TensorList scales, at::IntArrayRef which, at::ArrayRef<double> factors);
+void check_scales(size_t count, at::TensorList scales, at::IntArrayRef scale_index, at::ArrayRef<double> scale_factor);
 void check_flat(const at::Tensor& x, int64_t size, at::ScalarType dtype, const char* name);
 // Dtypes come as the numbers of c10::ScalarType.
 std::vector<at::ScalarType> check_dtypes(size_t count, at::IntArrayRef dtypes);
 
-double scale_of(size_t i, at::TensorList scales, at::IntArrayRef which, at::ArrayRef<double> factors);
+double scale_of(size_t i, at::TensorList scales, at::IntArrayRef scale_index, at::ArrayRef<double> scale_factor);
 
 // A piece of a weight.
 struct Item {

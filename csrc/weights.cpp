@@ -64,7 +64,7 @@ View place(int64_t u_size, int64_t v_size, Sizes* sizes) {
   return view;
 }
 
-void check(const Tensor& w, int64_t dim, int64_t views, const Tensor& first, const char* name, size_t at) {
+void check(const Tensor& w, int64_t dim, int64_t view_mask, const Tensor& first, const char* name, size_t at) {
   TORCH_CHECK_TYPE(w.layout() == at::kStrided, name, "[", at, "] must be dense, got layout ", w.layout());
   const auto dtype = w.scalar_type();
   TORCH_CHECK_TYPE(has_kernels(dtype), name, "[", at, "] must be float32, float64, float16 or bfloat16, got ", dtype);
@@ -73,7 +73,8 @@ void check(const Tensor& w, int64_t dim, int64_t views, const Tensor& first, con
   TORCH_CHECK_VALUE(w.device() == first.device(), name, "[", at, "] must be on the device of ", name, "[0], ",
                     first.device(), ", got ", w.device());
   TORCH_CHECK_INDEX(0 <= dim && dim < w.dim(), "dims[", at, "] must be in [0, ", w.dim() - 1, "], got ", dim);
-  TORCH_CHECK_VALUE(1 <= views && views <= 3, "views[", at, "] must be 1 (out), 2 (in) or 3 (both), got ", views);
+  TORCH_CHECK_VALUE(1 <= view_mask && view_mask <= 3, "view_masks[", at, "] must be 1 (out), 2 (in) or 3 (both), got ",
+                    view_mask);
 }
 
 }  // namespace
@@ -91,18 +92,18 @@ Rows canonical(const Tensor& tensor, int64_t dim, Arrangement* a) {
   return {copy, s.i * s.k};
 }
 
-std::vector<Weight> read_weights(at::TensorList weights, at::IntArrayRef dims, at::IntArrayRef views, const char* name,
-                                 Sizes* sizes) {
+std::vector<Weight> read_weights(at::TensorList weights, at::IntArrayRef dims, at::IntArrayRef view_masks,
+                                 const char* name, Sizes* sizes) {
   TORCH_CHECK_VALUE(!weights.empty(), name, " must have at least one entry, got none");
   TORCH_CHECK_VALUE(dims.size() == weights.size(), "dims must have ", weights.size(), " entries, one per entry of ",
                     name, ", got ", dims.size());
-  TORCH_CHECK_VALUE(views.size() == weights.size(), "views must have ", weights.size(), " entries, one per entry of ",
-                    name, ", got ", views.size());
+  TORCH_CHECK_VALUE(view_masks.size() == weights.size(), "view_masks must have ", weights.size(),
+                    " entries, one per entry of ", name, ", got ", view_masks.size());
   std::vector<Weight> found;
   found.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
-    check(w, dims[i], views[i], weights[0], name, i);
+    check(w, dims[i], view_masks[i], weights[0], name, i);
     Weight weight;
     weight.dim = dims[i];
     const Strides s = oik(w, dims[i]);
@@ -116,8 +117,8 @@ std::vector<Weight> read_weights(at::TensorList weights, at::IntArrayRef dims, a
       }
     }
     if (!done) weight.rows = canonical(w, dims[i], &weight.arrangement);
-    if (views[i] & 1) weight.out = place(s.o, s.i * s.k, sizes);
-    if (views[i] & 2) weight.in = place(s.o * s.k, s.i, sizes);
+    if (view_masks[i] & 1) weight.out = place(s.o, s.i * s.k, sizes);
+    if (view_masks[i] & 2) weight.in = place(s.o * s.k, s.i, sizes);
     found.push_back(std::move(weight));
   }
   return found;

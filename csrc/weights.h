@@ -59,8 +59,8 @@ at::ScalarType sum_dtype(at::TensorList weights);
 struct Sizes {
   int64_t vectors = 0, sigmas = 0;
 };
-std::vector<Weight> read_weights(at::TensorList weights, at::IntArrayRef dims, at::IntArrayRef views, const char* name,
-                                 Sizes* sizes);
+std::vector<Weight> read_weights(at::TensorList weights, at::IntArrayRef dims, at::IntArrayRef view_masks,
+                                 const char* name, Sizes* sizes);
 
 // Whether the rows of another tensor of the same shape can be read in this arrangement, and at which distance.
 bool arranged(const at::Tensor& tensor, int64_t dim, const Arrangement& a, int64_t* stride);

@@ -98,7 +98,7 @@ class KernelBatch(Batch):
                 scale_index.append(-1)
                 scale_factor.append(spec.scale)
         dims, dtypes = [spec.dim for spec in specs], [ops.DTYPE_CODES[spec.dtype] for spec in specs]
-        self._iteration = (dims, view_masks)
+        self._iteration = (dims, view_masks, [int(spec.v_first) for spec in specs])
         self._rescale = (dims, view_masks, scale_index, scale_factor, dtypes)
 
     def iterate(self, n: int) -> None:

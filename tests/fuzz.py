@@ -3,11 +3,11 @@
     python tests/fuzz.py --impl cpp reference --cases 10000 --seed 1
     python tests/fuzz.py --impl cpp --case '{"shape": [5, 3], "rounds": 3}'
 
-For every case: W̄, the stored vectors, the gradients by the weight and by a learnt scale lie within the bounds of
-``oracle``; the dtype and the shape are right; a second call from the same vectors gives the same bits (for the kernels
-with another number of threads as well); evaluation moves nothing; the weight and the scale are never written to, nor
-what lies beside the vectors, nor the W̄ of earlier cases that somebody holds. Where the oracle claims nothing, vectors
-still have to be finite. The policies:
+For every case: W̄, the stored vectors (of some cases those of v first, too), the gradients by the weight and by a
+learnt scale lie within the bounds of ``oracle``; the dtype and the shape are right; a second call from the same vectors
+gives the same bits (for the kernels with another number of threads as well); evaluation moves nothing; the weight and
+the scale are never written to, nor what lies beside the vectors, nor the W̄ of earlier cases that somebody holds. Where
+the oracle claims nothing, vectors still have to be finite. The policies:
 
 - The sign of u and v is that of the product; nothing is flipped.
 - A product that is zero or not finite is not stored: the vector that was there stays, to the bit.
@@ -28,6 +28,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -126,6 +127,8 @@ class _Call:
         else:
             self.stored()
             self.normalized(results)
+            if case.v_first:
+                self.iterated(self.v_first(), v_first=True)
         self.again(results)
         self.fuzz.hold(w_bar)
 
@@ -137,17 +140,38 @@ class _Call:
         return [w_bar.detach(), *torch.autograd.grad(w_bar, [self.weight, *learnt], self.gradient)]
 
     def stored(self) -> None:
-        """The vectors in the norm are those of the oracle."""
+        """The vectors in the norm are the tensors that were given, and those of the oracle."""
+        found = self.norm.vectors()
+        for view, pair in found.items():
+            for name, got, given in zip("uv", pair, self.vectors[view], strict=True):
+                demand(got is given, f"{name} of {view} must be the tensor that was given")
+        self.iterated(found)
+
+    def v_first(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The vectors after as many rounds of the other order, which a norm does not have."""
+        from fastsn import ops, reference, views
+
+        case, weight, before = self.case, self.weight.detach(), self.before
+        dim = case.dim % weight.ndim
+        if not self.fuzz._kernels:
+            oik = views.as_oik(weight, dim)
+            return reference.power_iteration([oik], [before], case.rounds, v_first=[True])[0]
+        u, v = zip(*before.values(), strict=True)
+        mask = sum(ops.VIEW_BITS[view] for view in before)
+        _, flat = ops.power_iteration([weight], u, v, [dim], [mask], [1], case.rounds)
+        parts = iter(flat.split([x.numel() for pair in before.values() for x in pair]))
+        return {view: (next(parts), next(parts)) for view in before}
+
+    def iterated(self, found: Mapping[str, tuple[Tensor, Tensor]], v_first: bool = False) -> None:
+        """Vectors after the rounds of the case are those of the oracle."""
         case, r = self.case, oracle.Range.of(oracle.wide(self.weight.dtype))
         views = oracle.matrices(oracle.exact(self.weight), case.dim, case.variant)
-        found = self.norm.vectors()
         demand(list(found) == list(views), f"the views must be {list(views)}, got {list(found)}")
         for view, m in views.items():
             old = [oracle.exact(x) for x in self.before[view]]
-            u, v, *off = oracle.iterate(m, old[0], old[1], case.rounds, r)
+            u, v, *off = oracle.iterate(m, old[0], old[1], case.rounds, r, v_first)
             for name, x, bound, got, start in zip("uv", (u, v), off, found[view], self.before[view], strict=True):
-                what = f"{name} of {view}"
-                demand(got is self.vectors[view][name == "v"], f"{what} must be the tensor that was given")
+                what = f"{name} of {view}, v first," if v_first else f"{name} of {view}"
                 demand(bool(got.isfinite().all()), f"{what} is not finite")
                 self.count("vectors", math.isfinite(bound))
                 if bound == 0:

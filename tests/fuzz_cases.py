@@ -44,6 +44,7 @@ class Case:
     start: str = "unit"  # or "zero": v is zero, as torch's norm leaves it under a zero weight
     autocast: str = ""
     threads: int = 1
+    v_first: bool = False  # the other order of a round, too
 
     def __str__(self) -> str:
         default = asdict(Case())
@@ -101,13 +102,14 @@ def drawn(seed: int, complex_too: bool = False, interpreted: bool = False) -> Ca
         start=rng.choice(("unit",) * 9 + ("zero",)),
         autocast=autocast,
         threads=rng.choice((1, 1, 1, 2, 2, 4)),
+        v_first=rng.random() < 0.5,
     )
 
 
 def simpler(case: Case) -> Iterator[Case]:
     """Cases with one thing less, for the search of the smallest that fails."""
     plain = asdict(Case())
-    for key in ("autocast", "gradient_layout", "layout", "content", "start", "exponent"):
+    for key in ("autocast", "gradient_layout", "layout", "content", "start", "exponent", "v_first"):
         yield replace(case, **{key: plain[key]})
     yield replace(case, scale="float", scale_value=1.0, scale_dtype="float32")
     yield replace(case, variant="sn", scale="float", scale_value=1.0, scale_dtype="float32")

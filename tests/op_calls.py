@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +21,24 @@ class Call:
 
     weights: list[Tensor]
     dims: list[int]
-    views: list[int]
+    view_masks: list[int]
+    v_first: list[int]
     u: list[Tensor]
     v: list[Tensor]
     scales: list[Tensor]
-    which: list[int]
-    factors: list[float]
+    scale_index: list[int]
+    scale_factor: list[float]
     dtypes: list[int]
 
     def iterate(self, n: int = 1, in_place: bool = False) -> tuple[Tensor, Tensor]:
         op = ops.power_iteration_ if in_place else ops.power_iteration
         return op(*self.iteration(), n)
 
-    def iteration(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]:
-        return self.weights, self.u, self.v, self.dims, self.views
+    def iteration(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int], list[int]]:
+        return self.weights, self.u, self.v, self.dims, self.view_masks, self.v_first
 
     def numbers(self) -> tuple[list[int], list[int], list[int], list[float], list[int]]:
-        return self.dims, self.views, self.which, self.factors, self.dtypes
+        return self.dims, self.view_masks, self.scale_index, self.scale_factor, self.dtypes
 
     def rescale(self, sigma: Tensor, vectors: Tensor) -> tuple[list[Tensor], Tensor]:
         return ops.rescale(self.weights, self.scales, sigma, vectors, *self.numbers())
@@ -47,12 +48,19 @@ class Call:
         lists = [[x.detach().double() for x in values] for values in (self.weights, self.u, self.v, self.scales)]
         weights, u, v, scales = lists
         dtypes = [ops.DTYPE_CODES[torch.float64]] * len(weights)
-        return Call(weights, self.dims, self.views, u, v, scales, self.which, self.factors, dtypes)
+        return replace(self, weights=weights, u=u, v=v, scales=scales, dtypes=dtypes)
 
 
-def call(weights: Sequence[Tensor], dims: Sequence[int], bits: Sequence[int] | int = 3, scale: str = "float") -> Call:
+def call(
+    weights: Sequence[Tensor],
+    dims: Sequence[int],
+    bits: Sequence[int] | int = 3,
+    scale: str = "float",
+    v_first: Sequence[int] | int = 0,
+) -> Call:
     """Unit vectors for the views in ``bits``; ``scale``: "float", or "tensor" for one that all weights share."""
-    bits = [bits] * len(weights) if isinstance(bits, int) else list(bits)
+    count = len(weights)
+    bits, orders = ([x] * count if isinstance(x, int) else list(x) for x in (bits, v_first))
     u, v = [], []
     for w, dim, wanted in zip(weights, dims, bits, strict=True):
         oik = views.as_oik(w.detach(), dim)
@@ -61,11 +69,15 @@ def call(weights: Sequence[Tensor], dims: Sequence[int], bits: Sequence[int] | i
                 vectors.append(F.normalize(torch.randn(size, dtype=reference.wide(w.dtype)), dim=0))
     shared = scale == "tensor"
     scales = [torch.tensor(1.7, dtype=reference.wide(weights[0].dtype))] if shared else []
-    count = len(weights)
     return Call(
-        list(weights), list(dims), bits, u, v, scales, [0 if shared else -1] * count, [1.3] * count,
+        list(weights), list(dims), bits, orders, u, v, scales, [0 if shared else -1] * count, [1.3] * count,
         [ops.DTYPE_CODES[w.dtype] for w in weights],
     )  # fmt: skip
+
+
+def alternating(count: int, first: int = 0) -> list[int]:
+    """``v_first`` of a list of both orders."""
+    return [(first + i) % 2 for i in range(count)]
 
 
 def table(dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> tuple[list[Tensor], list[int]]:

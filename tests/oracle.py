@@ -94,8 +94,11 @@ def _unit(y: Array, off: float, old: Array, old_off: float, r: Range) -> tuple[A
     return y / length, new if new < 0.1 and 4 * peak < r.big else np.inf
 
 
-def iterate(m: Array, u: Array, v: Array, n: int, r: Range) -> tuple[Array, Array, float, float]:
+def iterate(m: Array, u: Array, v: Array, n: int, r: Range, v_first: bool = False) -> tuple[Array, Array, float, float]:
     """u and v after n rounds, and how far from them a result may lie (in the Euclidean norm)."""
+    if v_first:  # the iteration of the adjoint matrix, with u and v exchanged
+        v, u, off_v, off_u = iterate(m.conj().T, v, u, n, r)
+        return u, v, off_u, off_v
     off_u = off_v = 0.0
     if not np.isfinite(m).all():  # no product with it is finite: nothing is taken
         return u, v, off_u, off_v

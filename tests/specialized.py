@@ -45,11 +45,18 @@ class Compiled:
         return run
 
 
-def run(shapes: list[tuple[int, ...]], dims: list[int], n: int, dtype: torch.dtype, scale: str = "float") -> None:
+def run(
+    shapes: list[tuple[int, ...]],
+    dims: list[int],
+    n: int,
+    dtype: torch.dtype,
+    scale: str = "float",
+    v_first: list[int] | int = 0,
+) -> None:
     from fastsn.triton import launch
     from op_calls import call
 
-    c = call([torch.randn(shape).to(dtype) for shape in shapes], dims, 3, scale)
+    c = call([torch.randn(shape).to(dtype) for shape in shapes], dims, 3, scale, v_first)
     launch.call("power_iteration_", *c.iteration(), n)
     sigma, vectors = torch.ones(len(c.u)), torch.ones(sum(x.numel() for x in (*c.u, *c.v)))
     outputs, mean = launch.call("rescale", c.weights, c.scales, sigma, vectors, *c.numbers())
@@ -72,7 +79,7 @@ if __name__ == "__main__":
     run([(8, 4, 4, 4)], [0], 1, torch.float32, "tensor")
     run([(8, 4, 4, 4)] * 3, [0] * 3, 2, torch.float32, "tensor")
     print()
-    run([(8, 4, 4, 4), (16, 8, 3, 3), (8, 4, 4, 4), (6, 16)], [0, 0, 1, 0], 2, torch.bfloat16)
+    run([(8, 4, 4, 4), (16, 8, 3, 3), (8, 4, 4, 4), (6, 16)], [0, 0, 1, 0], 2, torch.bfloat16, v_first=[0, 1, 1, 0])
     run([(8, 4, 7)], [0], 0, torch.float16)
     settings.use(replace(settings.DEFAULT, last_tiles=0), CPU)
     run([(8, 4, 4, 4)], [0], 1, torch.float32)

@@ -25,7 +25,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # be
 from fastsn import ops
 from fastsn.triton import settings
 from interpreted import SMALL, kernels
-from op_calls import call, larger, table
+from op_calls import alternating, call, larger, table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,7 +70,7 @@ def bits(results: list[Tensor]) -> Tensor:
 
 def step(weights: list[Tensor], dims: list[int]) -> Callable[[], list[Tensor]]:
     """Two iterations, weights and gradients, always of the same numbers."""
-    c = call(weights, dims)
+    c = call(weights, dims, v_first=alternating(len(weights)))
     with torch.no_grad():
         outputs, mean = c.rescale(*c.iterate())
     gradients, grad_sigma = [torch.randn_like(x) for x in outputs], torch.randn_like(mean)

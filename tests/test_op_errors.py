@@ -32,7 +32,8 @@ def drop(field: str) -> Callable[[Call], None]:
 WRONG_ITERATIONS = [
     (lambda c: c.weights.clear(), ValueError, "weights must have at least one entry"),
     (drop("dims"), ValueError, "dims must have 3 entries, one per entry of weights, got 2"),
-    (drop("views"), ValueError, "views must have 3 entries, one per entry of weights, got 2"),
+    (drop("view_masks"), ValueError, "view_masks must have 3 entries, one per entry of weights, got 2"),
+    (drop("v_first"), ValueError, "v_first must have 3 entries, one per entry of weights, got 2"),
     (drop("u"), ValueError, "u must have 5 entries, one per weight and view, got 4"),
     (drop("v"), ValueError, "v must have 5 entries, one per weight and view, got 4"),
     (change("weights", 1, torch.ones(2, 4, 3, dtype=torch.int64)), TypeError, r"weights\[1\] must be float32, .* got"),
@@ -44,21 +45,23 @@ WRONG_ITERATIONS = [
     (change("weights", 1, torch.randn(2, 4, 3).double()), TypeError, r"weights\[1\] must have sums in .* weights\[0\]"),
     (change("dims", 1, 3), IndexError, r"dims\[1\] must be in \[0, 2\], got 3"),
     (change("dims", 1, -1), IndexError, r"dims\[1\] must be in \[0, 2\], got -1"),
-    (change("views", 0, 4), ValueError, r"views\[0\] must be 1 \(out\), 2 \(in\) or 3 \(both\), got 4"),
+    (change("view_masks", 0, 4), ValueError, r"view_masks\[0\] must be 1 \(out\), 2 \(in\) or 3 \(both\), got 4"),
+    (change("v_first", 1, 2), ValueError, r"v_first\[1\] must be 0 \(u first\) or 1 \(v first\), got 2"),
+    (change("v_first", 2, -1), ValueError, r"v_first\[2\] must be 0 \(u first\) or 1 \(v first\), got -1"),
     (change("u", 2, torch.randn(5)), ValueError, r"u\[2\] must have shape \[4\], got \[5\]"),
     (change("v", 3, torch.randn(2, 1)), ValueError, r"v\[3\] must have shape \[2\], got \[2, 1\]"),
     (change("v", 4, torch.randn(3).double()), TypeError, r"v\[4\] must be .*[fF]loat.*, got"),
 ]
 
 WRONG_RESCALES = [
-    (drop("which"), ValueError, "which must have 3 entries, one per weight, got 2"),
-    (drop("factors"), ValueError, "factors must have 3 entries, one per weight, got 2"),
+    (drop("scale_index"), ValueError, "scale_index must have 3 entries, one per weight, got 2"),
+    (drop("scale_factor"), ValueError, "scale_factor must have 3 entries, one per weight, got 2"),
     (drop("dtypes"), ValueError, "dtypes must have 3 entries, one per weight, got 2"),
     (change("scales", 0, torch.ones(2)), ValueError, r"scales\[0\] must be one number, got shape \[2\]"),
     (change("scales", 0, torch.ones(1).long()), TypeError, r"scales\[0\] must be floating point, got"),
-    (change("which", 2, 1), IndexError, r"which\[2\] must be less than 1, the number of scales, got 1"),
-    (change("factors", 1, float("nan")), ValueError, r"factors\[1\] must be finite, got nan"),
-    (change("factors", 0, float("inf")), ValueError, r"factors\[0\] must be finite, got inf"),
+    (change("scale_index", 2, 1), IndexError, r"scale_index\[2\] must be less than 1, the number of scales, got 1"),
+    (change("scale_factor", 1, float("nan")), ValueError, r"scale_factor\[1\] must be finite, got nan"),
+    (change("scale_factor", 0, float("inf")), ValueError, r"scale_factor\[0\] must be finite, got inf"),
     (change("dtypes", 1, 3), TypeError, r"dtypes\[1\] must be .*5.*6.*7.*15.*, got 3"),
 ]
 

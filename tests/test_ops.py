@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastsn
 from fastsn import ops, reference
-from op_calls import call, table
+from op_calls import alternating, call, table
 from shapes import DTYPES, drawn, laid_out
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
@@ -34,16 +34,50 @@ def assert_within_rounding(ours: Tensor, reference_: Tensor, exact: Tensor, size
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_iterations_over_the_shape_table_are_the_references(dtype, layout, bits, n):
     weights, dims = table(dtype, layout)
-    c = call(weights, dims, bits)
+    c = call(weights, dims, bits, v_first=alternating(len(weights), n // 2))
     theirs = ops.fallback.power_iteration(*c.iteration(), n)
     exact = ops.fallback.power_iteration(*c.exact().iteration(), n)
     ours = c.iterate(n)
     lengths = [x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]
     for parts in zip(*(vectors.split(lengths) for _, vectors in (ours, theirs, exact)), strict=True):
         assert_within_rounding(*parts)
-    norms = [w.double().norm() for w, b in zip(weights, c.views, strict=True) for _ in range(b.bit_count())]
+    norms = [w.double().norm() for w, b in zip(weights, c.view_masks, strict=True) for _ in range(b.bit_count())]
     for *sigmas, norm in zip(ours[0], theirs[0], exact[0], norms, strict=True):
         assert_within_rounding(*sigmas, norm)  # u^T M v of vectors that do not belong to M yet may nearly cancel
+
+
+def by_torchs_hook(weight: Tensor, dim: int, u: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and sigma of torch.nn.utils.spectral_norm after a forward; n = 0: in evaluation."""
+    module = nn.Module()
+    module.weight = nn.Parameter(weight)
+    nn.utils.spectral_norm(module, n_power_iterations=max(n, 1), dim=dim)
+    module.weight_u.copy_(u)
+    module.weight_v.copy_(v)
+    module.train(n > 0)
+    for prepare in module._forward_pre_hooks.values():
+        prepare(module, None)
+    return module.weight_u, module.weight_v, (module.weight_orig / module.weight).detach().mean()
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("iterate", [ops.power_iteration, ops.fallback.power_iteration], ids=["dispatched", "plain"])
+def test_v_first_is_the_iteration_of_torchs_spectral_norm(iterate, n):
+    """Linear, Conv and ConvTranspose weights, their output channels first and second; the second view by the hook on
+    its matrix. A weight of the other order is among them."""
+    shapes = {(5, 7): 0, (4, 6): 1, (6, 4, 5): 0, (8, 4, 4, 4): 1, (8, 3, 3, 3): 0, (3, 5, 4): 1}
+    weights, dims = [torch.randn(shape) for shape in shapes], list(shapes.values())
+    weights += [laid_out(w, "channels_last") for w in weights[3:5]]
+    dims += dims[3:5]
+    c = call([*weights, weights[0]], [*dims, 0], v_first=[1] * len(weights) + [0])
+    sigma, vectors = iterate(*c.iteration(), n)
+    ours = iter(vectors.split([x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]))
+    for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
+        second = reference.matrix(fastsn.views.as_oik(w, dim), "in")
+        for at, matrix, own in ((2 * i, w, dim), (2 * i + 1, second, 0)):
+            u, v, norm = by_torchs_hook(matrix, own, c.u[at], c.v[at], n)
+            torch.testing.assert_close(next(ours), u, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(next(ours), v, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(sigma[at], norm, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", ["float", "tensor"])
@@ -78,7 +112,7 @@ def test_weights_and_gradients_over_the_shape_table_are_the_references(dtype, la
     # The sum that gives the gradient of a scale may nearly cancel: its rounding is that of its summands.
     terms = [(g.double() * b.double()).abs().sum() / s for g, b, s in zip(gradients, bases, mean.double(), strict=True)]
     for ours, plain, true in zip(d_scales, their_scales, exact_scales, strict=True):
-        assert_within_rounding(ours, plain, true, sum(x * f for x, f in zip(terms, c.factors, strict=True)))
+        assert_within_rounding(ours, plain, true, sum(x * f for x, f in zip(terms, c.scale_factor, strict=True)))
 
 
 def test_a_gradient_in_another_layout_is_the_same_gradient():
@@ -111,7 +145,7 @@ def through_sigma(c: object, vectors: Tensor):
         c.weights, c.scales = list(tensors[: len(c.weights)]), list(tensors[len(c.weights) :])
         pairs = iter(vectors.split([x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]))
         u, v = zip(*((next(pairs), next(pairs)) for _ in c.u), strict=True)
-        sigma, _ = ops.power_iteration(c.weights, list(u), list(v), c.dims, c.views, 0)
+        sigma, _ = ops.power_iteration(c.weights, list(u), list(v), c.dims, c.view_masks, c.v_first, 0)
         outputs, mean = c.rescale(sigma, vectors)
         return (*outputs, mean)
 
@@ -128,8 +162,9 @@ def test_finite_differences_confirm_first_and_second_derivatives(scale, value):
     assert gradgradcheck(through_sigma(c, vectors), inputs)
 
 
-def test_a_zero_weight_gives_zeros_and_the_gradient_scale_times_g():
-    c = call([torch.zeros(3, 2, 2), torch.randn(3, 2)], [0, 0], [3, 1])
+@pytest.mark.parametrize("v_first", [0, 1])
+def test_a_zero_weight_gives_zeros_and_the_gradient_scale_times_g(v_first):
+    c = call([torch.zeros(3, 2, 2), torch.randn(3, 2)], [0, 0], [3, 1], v_first=[v_first, 0])
     c.weights[0].requires_grad_()
     before = [x.clone() for x in c.u + c.v]
     sigma, vectors = c.iterate(in_place=True)
@@ -201,7 +236,7 @@ def test_vectors_that_are_not_contiguous_are_updated_too():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck asks, torch 2.14
 @pytest.mark.parametrize("scale", ["float", "tensor"])
 def test_opcheck(scale):
-    c = call([torch.randn(3, 2, 2, 2), torch.randn(2, 3, 2), torch.randn(4, 3)], [0, 1, 0], [3, 3, 1], scale)
+    c = call([torch.randn(3, 2, 2, 2), torch.randn(2, 3, 2), torch.randn(4, 3)], [0, 1, 0], [3, 3, 1], scale, [1, 1, 0])
     if scale == "float":  # of which an iteration knows nothing
         torch.library.opcheck(ops.power_iteration, (*c.iteration(), 1))
         torch.library.opcheck(ops.power_iteration_, (*c.iteration(), 1))
@@ -225,10 +260,11 @@ def test_one_graph_under_the_compiler(backend):
     results = []
     for compiled in (False, True):
         torch.manual_seed(3)
-        c = call([torch.randn(3, 2, 2, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)], [0, 0], [3, 1])
+        weights = [torch.randn(3, 2, 2, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)]
+        c = call(weights, [0, 0], [3, 1], v_first=[0, 1])
 
         def run(weights, u, v, c=c):
-            sigma, vectors = ops.power_iteration_(weights, u, v, c.dims, c.views, 1)
+            sigma, vectors = ops.power_iteration_(weights, u, v, c.dims, c.view_masks, c.v_first, 1)
             outputs, mean = ops.rescale(weights, [], sigma, vectors, *c.numbers())
             return sum(x.pow(3).sum() for x in outputs) + mean.sum()
 
@@ -247,7 +283,7 @@ def test_vmap_over_the_functional_op():
     sigma, vectors = c.iterate()
 
     def one(w: Tensor, s: Tensor) -> Tensor:
-        return ops.rescale([w], [s], sigma, vectors, c.dims, c.views, [0], [1.0], c.dtypes)[0][0]
+        return ops.rescale([w], [s], sigma, vectors, c.dims, c.view_masks, [0], [1.0], c.dtypes)[0][0]
 
     scales = torch.rand(4) + 1
     together = torch.vmap(one)(batch, scales)
@@ -258,7 +294,9 @@ def test_vmap_over_the_functional_op():
 def test_vmap_over_the_op_that_writes_is_a_clear_error():
     c = call([torch.randn(3, 2, 2)], [0])
     with pytest.raises(RuntimeError, match=r"[Bb]atching rule not implemented"):
-        torch.vmap(lambda w: ops.power_iteration_([w], c.u, c.v, c.dims, c.views, 1)[0])(torch.randn(4, 3, 2, 2))
+        torch.vmap(lambda w: ops.power_iteration_([w], c.u, c.v, c.dims, c.view_masks, c.v_first, 1)[0])(
+            torch.randn(4, 3, 2, 2)
+        )
 
 
 def test_functional_call_of_a_layer():
@@ -282,10 +320,11 @@ def test_results_are_the_same_bits_for_any_number_of_threads_and_run():
         for threads in (1, 2, 4, 2, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(5)
-            c = call([w.clone(memory_format=torch.preserve_format).requires_grad_() for w in weights], [0, 0, 0, 0, 1])
+            copies = [w.clone(memory_format=torch.preserve_format).requires_grad_() for w in weights]
+            c = call([*copies, copies[-1]], [0, 0, 0, 0, 1, 1], v_first=[0, 1, 1, 0, 1, 0])
             sigma, vectors = c.iterate(2)
             outputs, mean = c.rescale(sigma, vectors)
-            d_weights = torch.autograd.grad(outputs, c.weights, gradients)
+            d_weights = torch.autograd.grad(outputs, copies, [*gradients, gradients[-1]])
             results.append([sigma, vectors, mean, *outputs, *d_weights])
     finally:
         torch.set_num_threads(before)
@@ -298,9 +337,9 @@ def test_weights_of_any_size_give_the_vectors_of_their_direction(size):
     """A power of two in the weight is one in sigma and changes nothing else, to the bit."""
     power = 2.0 ** round(torch.log2(torch.tensor(size, dtype=torch.float64)).item())
     for dim in (0, 1):
-        c = call([torch.randn(6, 4, 3, 3)], [dim])
+        c = call([torch.randn(6, 4, 3, 3) for _ in range(2)], [dim, dim], v_first=[0, 1])
         sigma, vectors = c.iterate(2)
-        c.weights = [c.weights[0] * power]
+        c.weights = [w * power for w in c.weights]
         scaled, same = c.iterate(2)
         assert torch.equal(vectors, same)
         assert torch.equal(sigma * power, scaled)
@@ -309,11 +348,12 @@ def test_weights_of_any_size_give_the_vectors_of_their_direction(size):
 def test_random_layers_of_one_model_in_one_call_equal_each_alone():
     layers = [(case.build(), layout) for case, dtype, layout in drawn(60, seed=3) if dtype == torch.float32]
     weights = [laid_out(layer.weight.detach(), layout) for layer, layout in layers]
-    c = call(weights, [fastsn.views.output_dim(layer) for layer, _ in layers])
+    dims = [fastsn.views.output_dim(layer) for layer, _ in layers]
+    c = call(weights, dims, v_first=alternating(len(weights)))
     sigma, vectors = c.iterate(2)
     outputs, mean = c.rescale(sigma, vectors)
     for i, w in enumerate(weights):
-        alone = call([w], c.dims[i : i + 1])
+        alone = call([w], c.dims[i : i + 1], v_first=c.v_first[i])
         alone.u, alone.v = c.u[2 * i : 2 * i + 2], c.v[2 * i : 2 * i + 2]
         s, x = alone.iterate(2)
         (output,), _ = alone.rescale(s, x)
@@ -341,18 +381,19 @@ def test_a_model_in_a_step_costs_as_many_calls_as_a_layer():
 @pytest.mark.parametrize("dim", [0, 1])
 def test_weights_at_the_ends_of_the_range_are_finite_and_right(size, dim):
     w = torch.randn(6, 4, 3, 3) * size
-    c = call([w], [dim])
-    (output,), mean = c.rescale(*c.iterate(3))
-    assert output.isfinite().all()
-    torch.testing.assert_close(output.double(), 1.3 * w.double() / mean.double(), rtol=1e-5, atol=0)
+    c = call([w, w], [dim, dim], v_first=[0, 1])
+    outputs, mean = c.rescale(*c.iterate(3))
+    for output, sigma in zip(outputs, mean.double(), strict=True):
+        assert output.isfinite().all()
+        torch.testing.assert_close(output.double(), 1.3 * w.double() / sigma, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [1e-310, 1e-300, 1e300])
 def test_float64_weights_at_the_ends_of_the_range(size):
     weight = torch.randn(5, 4, 3, dtype=torch.float64)
-    c = call([weight * size], [0])
+    c = call([weight * size] * 2, [0, 0], v_first=[0, 1])
     _, vectors = c.iterate(2)
-    c.weights = [weight]
+    c.weights = [weight] * 2
     torch.testing.assert_close(vectors, c.iterate(2)[1], rtol=1e-6, atol=1e-8)
 
 

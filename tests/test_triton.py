@@ -18,7 +18,7 @@ import fastsn
 from conftest import ON
 from fastsn import ops, reference
 from fastsn.ops import checks
-from op_calls import Call, call, table
+from op_calls import Call, alternating, call, table
 from shapes import laid_out
 
 pytest.importorskip("triton")
@@ -109,15 +109,16 @@ def some() -> tuple[list[Tensor], list[int]]:
 def test_vectors_sigmas_weights_and_gradients_of_the_shape_table_are_right(dtype, layout):
     weights, dims = chosen(dtype, layout)
     assert weights
-    c = call(weights, dims, views_of(weights))
-    sigma, vectors = c.iterate()
-    exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
-    assert ((sigma.double() - exact_sigma) / exact_sigma).abs().max() <= 1e-6
-    lengths = [x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]
-    for ours, true in zip(vectors.split(lengths), exact.split(lengths), strict=True):
-        assert off(ours, true) <= 1e-6
+    for first in (0, 1):
+        c = call(weights, dims, views_of(weights), v_first=alternating(len(weights), first))
+        sigma, vectors = c.iterate()
+        exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
+        assert ((sigma.double() - exact_sigma) / exact_sigma).abs().max() <= 1e-6
+        lengths = [x.numel() for pair in zip(c.u, c.v, strict=True) for x in pair]
+        for ours, true in zip(vectors.split(lengths), exact.split(lengths), strict=True):
+            assert off(ours, true) <= 1e-6
     for scale in ("float", "tensor"):
-        assert_rescaled_and_derived(call(weights, dims, c.views, scale), sigma, vectors)
+        assert_rescaled_and_derived(call(weights, dims, c.view_masks, scale), sigma, vectors)
 
 
 def assert_rescaled_and_derived(c: Call, sigma: Tensor, vectors: Tensor) -> None:
@@ -143,7 +144,7 @@ def assert_rescaled_and_derived(c: Call, sigma: Tensor, vectors: Tensor) -> None
 
 def test_ways_to_launch_an_iteration_give_the_same():
     weights, dims = some()
-    c = call(weights, dims, views_of(weights))
+    c = call(weights, dims, views_of(weights), v_first=alternating(len(weights)))
     with launched_with(last_tiles=1 << 30):
         expected = c.iterate(2)
     with launched_with(last_tiles=0):
@@ -152,7 +153,7 @@ def test_ways_to_launch_an_iteration_give_the_same():
 
 def test_without_an_iteration_sigma_is_measured():
     weights, dims = some()
-    c = call(weights, dims, views_of(weights))
+    c = call(weights, dims, views_of(weights), v_first=alternating(len(weights)))
     (sigma, vectors), (exact, same) = c.iterate(0), ops.fallback.power_iteration(*c.exact().iteration(), 0)
     assert off(sigma, exact) <= 1e-6
     assert torch.equal(vectors.double(), same)
@@ -160,14 +161,14 @@ def test_without_an_iteration_sigma_is_measured():
 
 def test_a_weight_alone_and_among_others_has_the_same_bits():
     weights, dims = some()
-    c = call(weights, dims, 3)
+    c = call(weights, dims, 3, v_first=alternating(len(weights), 1))
     sigma, vectors = c.iterate()
     outputs, mean = c.rescale(sigma, vectors)
     at = 0
     for i, (w, dim) in enumerate(zip(weights, dims, strict=True)):
         size = checks.vector_size(w, dim, 3)
         u, v = c.u[2 * i : 2 * i + 2], c.v[2 * i : 2 * i + 2]
-        alone = Call([w], [dim], [3], u, v, [], [-1], c.factors[:1], c.dtypes[:1])
+        alone = Call([w], [dim], [3], c.v_first[i : i + 1], u, v, [], [-1], c.scale_factor[:1], c.dtypes[:1])
         own_sigma, own_vectors = alone.iterate()
         assert torch.equal(own_vectors, vectors[at : at + size])
         own_outputs, own_mean = alone.rescale(own_sigma, own_vectors)
@@ -178,11 +179,14 @@ def test_a_weight_alone_and_among_others_has_the_same_bits():
 
 def test_dtypes_mixed_in_one_call_are_those_of_calls_apart():
     weights = [torch.randn(6, 4, 3, 3).to(dtype) for dtype in DTYPES]
-    c = call(weights, [0, 1, 0], 3)
+    c = call(weights, [0, 1, 0], 3, v_first=[1, 1, 0])
     outputs, _ = c.rescale(*c.iterate())
     for i, (w, ours) in enumerate(zip(weights, outputs, strict=True)):
         pairs = slice(2 * i, 2 * i + 2)
-        alone = Call([w], c.dims[i : i + 1], [3], c.u[pairs], c.v[pairs], [], [-1], c.factors[:1], c.dtypes[i : i + 1])
+        own = slice(i, i + 1)
+        alone = Call(
+            [w], c.dims[own], [3], c.v_first[own], c.u[pairs], c.v[pairs], [], [-1], c.scale_factor[own], c.dtypes[own]
+        )
         assert torch.equal(alone.rescale(*alone.iterate())[0][0], ours)
 
 
@@ -200,7 +204,7 @@ def test_weights_that_are_not_aligned_give_the_same():
 
 def test_rows_of_several_tiles_whose_positions_are_no_power_of_two():
     weights = [torch.randn(1, 200, 3, 3), torch.randn(5, 50, 7), torch.randn(3, 100, 3, 3).half()]
-    c = call(weights, [0, 0, 0], 3)
+    c = call(weights * 2, [0] * 6, 3, v_first=[0] * 3 + [1] * 3)
     sigma, vectors = c.iterate()
     exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
     assert off(sigma, exact_sigma) <= 1e-6
@@ -209,7 +213,7 @@ def test_rows_of_several_tiles_whose_positions_are_no_power_of_two():
 
 def test_kernels_of_many_positions():
     weights = [torch.randn(6, 4, 41), torch.randn(4, 3, 5, 5, 5), torch.randn(3, 2, 32, 16)]
-    c = call(weights, [0, 0, 0], 3)
+    c = call(weights * 2, [0] * 6, 3, v_first=[0] * 3 + [1] * 3)
     sigma, vectors = c.iterate()
     exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
     assert off(sigma, exact_sigma) <= 1e-6
@@ -219,27 +223,30 @@ def test_kernels_of_many_positions():
 @pytest.mark.parametrize("dim", [0, 1])
 def test_bad_vectors_are_not_stored_and_weights_recover(dim):
     for bad in (torch.zeros(6, 5, 3), torch.full((6, 5, 3), torch.nan), torch.full((6, 5, 3), torch.inf)):
-        c = call([bad, torch.randn(6, 5, 3)], [dim, 0], 3)
-        before = [x.clone() for x in (*c.u[:2], *c.v[:2])]
+        c = call([bad, bad, torch.randn(6, 5, 3)], [dim, dim, 0], 3, v_first=[0, 1, 0])
+        before = [x.clone() for x in (*c.u[:4], *c.v[:4])]
         sigma, vectors = c.iterate(in_place=True)
-        assert all(map(torch.equal, before, (*c.u[:2], *c.v[:2])))
-        assert bool((sigma[:2] == 0).all()) if not bad.any() else bool(sigma[:2].isnan().all())
-        assert bool(sigma[2:].isfinite().all())
+        assert all(map(torch.equal, before, (*c.u[:4], *c.v[:4])))
+        assert bool((sigma[:4] == 0).all()) if not bad.any() else bool(sigma[:4].isnan().all())
+        assert bool(sigma[4:].isfinite().all())
         outputs, _ = c.rescale(sigma, vectors)
-        assert bool(outputs[0].isnan().all() if bad.any() else (outputs[0] == 0).all())
-        c.weights[0] = torch.randn(6, 5, 3)
+        for output in outputs[:2]:
+            assert bool(output.isnan().all() if bad.any() else (output == 0).all())
+        c.weights[:2] = torch.randn(2, 6, 5, 3)
         sigma, _ = c.iterate(in_place=True)
         assert bool((sigma > 0).all())
 
 
 def test_where_every_product_is_zero_the_old_vector_moves_the_other():
-    """v lies in what the weight maps to 0: u stays, and v still follows M^T u, as in the reference."""
+    """v lies in what the weight maps to 0: u stays, and v still follows M^T u, as in the reference; with v first the
+    other way round."""
     weight = torch.zeros(6, 4, 3)
-    weight[:, :2] = torch.randn(6, 2, 3)
-    c = call([weight], [0], 3)
-    for v in c.v:
-        v.zero_()
-        v[-1] = 1
+    weight[:4, :2] = torch.randn(4, 2, 3)
+    transposed = weight.transpose(0, 1).contiguous()
+    c = call([weight, transposed] * 2, [0, 1] * 2, 3, v_first=[0, 0, 1, 1])
+    for x in c.v[:4] + c.u[4:]:
+        x.zero_()
+        x[-1] = 1
     sigma, vectors = c.iterate()
     exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 1)
     assert off(vectors, exact) <= 1e-6
@@ -248,13 +255,13 @@ def test_where_every_product_is_zero_the_old_vector_moves_the_other():
 
 @pytest.mark.parametrize("rows", [6, 8])
 def test_vectors_that_are_not_finite_heal(rows):
-    """v from a bad checkpoint: u stays, v follows M^T u, as in the reference."""
-    c = call([torch.randn(rows, 4, 3)], [0], 3)
-    for v in c.v:
-        v[0] = torch.nan
-    before = [u.clone() for u in c.u]
+    """v from a bad checkpoint: u stays, v follows M^T u, as in the reference; with v first the other way round."""
+    c = call([torch.randn(rows, 4, 3) for _ in range(4)], [0, 1] * 2, 3, v_first=[0, 0, 1, 1])
+    for x in c.v[:4] + c.u[4:]:
+        x[0] = torch.nan
+    before = [x.clone() for x in c.u[:4] + c.v[4:]]
     sigma, vectors = c.iterate(in_place=True)
-    assert all(map(torch.equal, before, c.u))
+    assert all(map(torch.equal, before, c.u[:4] + c.v[4:]))
     assert bool(vectors.isfinite().all())
     assert bool((sigma > 0).all())
 
@@ -262,7 +269,8 @@ def test_vectors_that_are_not_finite_heal(rows):
 @pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-15, 1e15, 1e30, 2e37, 3e38])
 def test_vectors_stay_finite_at_any_size_and_right_while_the_norm_has_room(size):
     weight = torch.randn(8, 8).clamp(-3, 3) / 3
-    small, large = call([weight], [0], 1), call([weight * size], [0], 1)
+    orders = [0, 1] * 2, 1, "float", [0, 0, 1, 1]
+    small, large = call([weight] * 4, *orders), call([weight * size] * 4, *orders)
     large.u, large.v = ([x.clone() for x in each] for each in (small.u, small.v))
     sigma, vectors = large.iterate(in_place=True)
     assert all(bool(x.isfinite().all()) for x in (*large.u, *large.v))
@@ -280,7 +288,7 @@ def test_kernels_with_more_positions_than_a_tile_are_served_by_the_reference():
 
 def test_a_factor_that_a_float32_has_no_room_for():
     c = call([torch.ones(2, 3)], [0], 1)
-    c.factors = [1e300]
+    c.scale_factor = [1e300]
     assert bool(c.rescale(*c.iterate())[0][0].isinf().all())
 
 
@@ -335,6 +343,9 @@ def test_any_number_of_layers_is_two_launches_forward_and_two_backward(layers, m
     assert len(seen) == 2
     torch.autograd.backward(outputs, [torch.ones_like(w) for w in outputs])
     assert len(seen) == 4
+    with torch.no_grad():
+        replace(c, v_first=alternating(layers, 1)).iterate()  # two halves of the first layer, and of every other one
+    assert len(seen) == 6
 
 
 def test_weights_with_many_blocks_take_one_launch_more(monkeypatch):
@@ -378,7 +389,7 @@ def test_a_network_trains_as_on_the_reference():
 @pytest.mark.parametrize("bits", [1, 2])
 def test_a_single_view_of_a_kernel(bits):
     weights, dims = table()
-    c = call(weights, dims, bits)
+    c = call(weights, dims, bits, v_first=alternating(len(weights), bits))
     exact_sigma, exact = ops.fallback.power_iteration(*c.exact().iteration(), 2)
     sigma, vectors = c.iterate(2)
     assert off(sigma, exact_sigma) <= 1e-6

@@ -137,7 +137,7 @@ def test_row_04_no_graph_breaks_in_training_and_evaluation():
 
 
 def test_row_04_the_ops_keep_torch_librarys_contract():
-    c = call([torch.randn(3, 2, 2), torch.randn(4, 3)], [0, 0])
+    c = call([torch.randn(3, 2, 2), torch.randn(4, 3)], [0, 0], v_first=[0, 1])
     torch.library.opcheck(torch.ops.fastsn.power_iteration_.default, (*c.iteration(), 2))
 
 

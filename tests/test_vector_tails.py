@@ -4,7 +4,7 @@ weights every kernel position ends in such a rest. Nothing may be read from, or 
 import pytest
 import torch
 
-from op_calls import call
+from op_calls import alternating, call
 
 LANES = {torch.float32: 16, torch.float64: 8, torch.bfloat16: 16, torch.float16: 16}
 KERNELS = ((3, 3), (4, 4), (1, 2))
@@ -30,7 +30,7 @@ def test_the_same_bits_fifty_times_on_any_number_of_threads(dtype, views, thread
     channels = [lanes - 3, *range(2 * lanes, 3 * lanes)]
     weights = [drawn(b, kernel, dtype) for b in channels for kernel in KERNELS]
     weights += [w.transpose(0, 1) for w in weights[:3]]  # ConvTranspose: output channels second
-    c = call(weights, [0] * (len(weights) - 3) + [1] * 3, views)
+    c = call(weights, [0] * (len(weights) - 3) + [1] * 3, views, v_first=alternating(len(weights)))
     threads(1)
     expected = c.iterate()
     for count in (2, 4):
@@ -46,12 +46,13 @@ def test_what_is_not_finite_in_one_weight_stays_there(dtype, views, n):
     """Weights are worked on in one memory, one behind the other; what is left over in it is of earlier calls."""
     healthy = [drawn(b, kernel, dtype, 2000) for b in (1, 5, LANES[dtype] + 1) for kernel in KERNELS]
     bad = [torch.full_like(w, value) for w, value in zip(healthy, (torch.nan, torch.inf, torch.nan) * 3, strict=True)]
-    together = call([w for pair in zip(bad, healthy, bad, strict=True) for w in pair], [0] * 3 * len(healthy), views)
+    mixed = [w for pair in zip(bad, healthy, bad, strict=True) for w in pair]
+    together = call(mixed, [0] * len(mixed), views, v_first=alternating(len(mixed)))
     per_weight = len(together.u) // (3 * len(healthy))
     together.iterate(1)
     sigma, _ = together.iterate(n)
     for i, w in enumerate(healthy):
-        alone = call([w], [0], views)
+        alone = call([w], [0], views, v_first=together.v_first[3 * i + 1])
         begin = (3 * i + 1) * per_weight
         alone.u, alone.v = together.u[begin : begin + per_weight], together.v[begin : begin + per_weight]
         found = sigma[begin : begin + per_weight]
@@ -64,9 +65,9 @@ def test_what_is_not_finite_in_one_weight_stays_there(dtype, views, n):
 def test_a_power_of_two_in_a_channels_last_weight_is_one_in_sigma(views, power):
     for b in (1, 17, 24, 72):
         for kernel in KERNELS:
-            c = call([drawn(b, kernel, torch.float32, 3000)], [0], views)
+            c = call([drawn(b, kernel, torch.float32, 3000)] * 2, [0, 0], views, v_first=[0, 1])
             sigma, vectors = c.iterate(2)
-            c.weights = [c.weights[0] * 2.0**power]
+            c.weights = [w * 2.0**power for w in c.weights]
             scaled, same = c.iterate(2)
             assert torch.equal(vectors, same)
             assert torch.equal(sigma * 2.0**power, scaled)

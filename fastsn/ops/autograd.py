@@ -26,10 +26,10 @@ FREED = (
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
-    weights, scales, _, vectors, dims, view_bits, which, factors, _ = inputs
-    bases = [w if place >= 0 else out for w, out, place in zip(weights, output[0], which, strict=True)]
+    weights, scales, _, vectors, dims, view_masks, scale_index, scale_factor, _ = inputs
+    bases = [w if place >= 0 else out for w, out, place in zip(weights, output[0], scale_index, strict=True)]
     ctx.save_for_backward(*bases, *scales, output[1], vectors)
-    ctx.numbers = [dims, view_bits, which, factors, [DTYPE_CODES[w.dtype] for w in weights]]
+    ctx.numbers = [dims, view_masks, scale_index, scale_factor, [DTYPE_CODES[w.dtype] for w in weights]]
     ctx.set_materialize_grads(False)
 
 

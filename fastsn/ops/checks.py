@@ -19,12 +19,18 @@ def check_iteration(
     u: Sequence[Tensor],
     v: Sequence[Tensor],
     dims: Sequence[int],
-    view_bits: Sequence[int],
+    view_masks: Sequence[int],
+    v_first: Sequence[int],
     n: int,
 ) -> list[tuple[int, str]]:
     """(position of the weight, view) of every pair of vectors; raises if an argument is not as it must be."""
-    _check_weights(weights, dims, view_bits)
-    pairs = [(i, view) for i, bits in enumerate(view_bits) for view, bit in VIEW_BITS.items() if bits & bit]
+    _check_weights(weights, dims, view_masks)
+    if len(v_first) != len(weights):
+        raise ValueError(f"v_first must have {len(weights)} entries, one per entry of weights, got {len(v_first)}")
+    for i, order in enumerate(v_first):
+        if order not in (0, 1):
+            raise ValueError(f"v_first[{i}] must be 0 (u first) or 1 (v first), got {order}")
+    pairs = [(i, view) for i, bits in enumerate(view_masks) for view, bit in VIEW_BITS.items() if bits & bit]
     _check_vectors(weights, dims, pairs, u, v)
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
@@ -33,10 +39,10 @@ def check_iteration(
 
 def check_rescale(*arguments: Any) -> None:
     """Raises if an argument of ``rescale`` is not as it must be."""
-    weights, scales, sigma, vectors, dims, view_bits, which, factors, dtypes = arguments
-    _check_weights(weights, dims, view_bits)
-    _check_numbers(len(weights), scales, which, factors, dtypes, list(DTYPES))
-    _check_state(weights, sigma, vectors, dims, view_bits, sum(bits.bit_count() for bits in view_bits))
+    weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes = arguments
+    _check_weights(weights, dims, view_masks)
+    _check_numbers(len(weights), scales, scale_index, scale_factor, dtypes, list(DTYPES))
+    _check_state(weights, sigma, vectors, dims, view_masks, sum(bits.bit_count() for bits in view_masks))
 
 
 def _check_state(
@@ -44,21 +50,23 @@ def _check_state(
     sigma: Tensor,
     vectors: Tensor,
     dims: Sequence[int],
-    view_bits: Sequence[int],
+    view_masks: Sequence[int],
     sigmas: int,
 ) -> None:
     _check_flat(sigma, sigmas, reference.wide(sigma.dtype), "sigma")
-    entries = sum(vector_size(*weight) for weight in zip(weights, dims, view_bits, strict=True))
+    entries = sum(vector_size(*weight) for weight in zip(weights, dims, view_masks, strict=True))
     _check_flat(vectors, entries, sigma.dtype, "vectors")
 
 
 def check_backward(*arguments: Any) -> None:
     """Raises if an argument of ``rescale_backward`` is not as it must be."""
-    gradients, grad_sigma, bases, scales, sigma, vectors, dims, view_bits, which, factors, dtypes = arguments
-    _check_weights(bases, dims, view_bits)
+    gradients, grad_sigma, bases, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes = (
+        arguments
+    )
+    _check_weights(bases, dims, view_masks)
     _check_gradients(gradients, bases)
-    _check_numbers(len(bases), scales, which, factors, dtypes, list(DTYPES))
-    _check_state(bases, sigma, vectors, dims, view_bits, len(bases))
+    _check_numbers(len(bases), scales, scale_index, scale_factor, dtypes, list(DTYPES))
+    _check_state(bases, sigma, vectors, dims, view_masks, len(bases))
     if grad_sigma is not None:
         _check_flat(grad_sigma, len(bases), sigma.dtype, "grad_sigma")
 
@@ -69,11 +77,11 @@ def vector_size(weight: Tensor, dim: int, bits: int) -> int:
     return (o + n // o) * (bits & 1) + (n // i + i) * (bits >> 1)
 
 
-def _check_weights(found: Sequence[Tensor], dims: Sequence[int], view_bits: Sequence[int]) -> None:
+def _check_weights(found: Sequence[Tensor], dims: Sequence[int], view_masks: Sequence[int]) -> None:
     """Raises TypeError, ValueError or IndexError unless all can be normalized together."""
     if not found:
         raise ValueError("weights must have at least one entry, got none")
-    for name, numbers in (("dims", dims), ("views", view_bits)):
+    for name, numbers in (("dims", dims), ("view_masks", view_masks)):
         if len(numbers) != len(found):
             raise ValueError(f"{name} must have {len(found)} entries, one per entry of weights, got {len(numbers)}")
     for i, w in enumerate(found):
@@ -92,8 +100,8 @@ def _check_weights(found: Sequence[Tensor], dims: Sequence[int], view_bits: Sequ
             raise TypeError(f"weights[{i}] must have sums in {width} as weights[0], got {w.dtype}")
         if not 0 <= dims[i] < w.ndim:
             raise IndexError(f"dims[{i}] must be in [0, {w.ndim - 1}], got {dims[i]}")
-        if not 1 <= view_bits[i] <= 3:
-            raise ValueError(f"views[{i}] must be 1 (out), 2 (in) or 3 (both), got {view_bits[i]}")
+        if not 1 <= view_masks[i] <= 3:
+            raise ValueError(f"view_masks[{i}] must be 1 (out), 2 (in) or 3 (both), got {view_masks[i]}")
 
 
 def _check_vectors(
@@ -119,13 +127,13 @@ def _check_vectors(
 def _check_numbers(
     length: int,
     scales: Sequence[Tensor],
-    which: Sequence[int],
-    factors: Sequence[float],
+    scale_index: Sequence[int],
+    scale_factor: Sequence[float],
     dtypes: Sequence[int],
     codes: Sequence[int],
 ) -> None:
     """Raises TypeError, ValueError or IndexError unless there is a sound scale and dtype for every weight."""
-    for name, list_ in (("which", which), ("factors", factors), ("dtypes", dtypes)):
+    for name, list_ in (("scale_index", scale_index), ("scale_factor", scale_factor), ("dtypes", dtypes)):
         if len(list_) != length:
             raise ValueError(f"{name} must have {length} entries, one per weight, got {len(list_)}")
     for i, s in enumerate(scales):
@@ -134,10 +142,11 @@ def _check_numbers(
         if not s.is_floating_point():
             raise TypeError(f"scales[{i}] must be floating point, got {s.dtype}")
     for i in range(length):
-        if which[i] >= len(scales):
-            raise IndexError(f"which[{i}] must be less than {len(scales)}, the number of scales, got {which[i]}")
-        if not math.isfinite(factors[i]):
-            raise ValueError(f"factors[{i}] must be finite, got {factors[i]}")
+        if scale_index[i] >= len(scales):
+            count, at = len(scales), scale_index[i]
+            raise IndexError(f"scale_index[{i}] must be less than {count}, the number of scales, got {at}")
+        if not math.isfinite(scale_factor[i]):
+            raise ValueError(f"scale_factor[{i}] must be finite, got {scale_factor[i]}")
         if dtypes[i] not in codes:
             raise TypeError(f"dtypes[{i}] must be one of {codes}, got {dtypes[i]}")
 

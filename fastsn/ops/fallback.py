@@ -19,16 +19,19 @@ def power_iteration(
     u: Sequence[Tensor],
     v: Sequence[Tensor],
     dims: Sequence[int],
-    view_bits: Sequence[int],
+    view_masks: Sequence[int],
+    v_first: Sequence[int],
     n: int,
 ) -> tuple[Tensor, Tensor]:
     """``power_iteration`` of any device."""
-    pairs = checks.check_iteration(weights, u, v, dims, view_bits, n)
+    pairs = checks.check_iteration(weights, u, v, dims, view_masks, v_first, n)
     oiks = [views.as_oik(w, dim) for w, dim in zip(weights, dims, strict=True)]
     state: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in weights]
     for (i, view), left, right in zip(pairs, u, v, strict=True):
         state[i][view] = (left, right)
-    vectors: Sequence[Vectors] = reference.power_iteration(oiks, state, n) if n else state
+    vectors: Sequence[Vectors] = state
+    if n:
+        vectors = reference.power_iteration(oiks, state, n, v_first=[bool(order) for order in v_first])
     sigmas = [sigma for found in reference.sigmas(oiks, vectors) for sigma in found.values()]
     return torch.stack(sigmas), torch.cat([x for found in vectors for pair in found.values() for x in pair])
 
@@ -48,24 +51,24 @@ def rescale(
     sigma: Tensor,
     vectors: Tensor,
     dims: Sequence[int],
-    view_bits: Sequence[int],
-    which: Sequence[int],
-    factors: Sequence[float],
+    view_masks: Sequence[int],
+    scale_index: Sequence[int],
+    scale_factor: Sequence[float],
     dtypes: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:
     """``rescale`` of any device."""
-    checks.check_rescale(weights, scales, sigma, vectors, dims, view_bits, which, factors, dtypes)
-    groups = torch.split(sigma, [bits.bit_count() for bits in view_bits])
+    checks.check_rescale(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes)
+    groups = torch.split(sigma, [bits.bit_count() for bits in view_masks])
     means = torch.stack([group.mean() for group in groups])
-    tensors = [_scale(i, scales, which, factors, sigma.dtype) for i in range(len(weights))]
+    tensors = [_scale(i, scales, scale_index, scale_factor, sigma.dtype) for i in range(len(weights))]
     outputs = reference.rescale(weights, [{"mean": mean} for mean in means], tensors, [DTYPES[code] for code in dtypes])
     return [_own(w, x) for w, x in zip(weights, outputs, strict=True)], means
 
 
 def _scale(
-    i: int, scales: Sequence[Tensor], which: Sequence[int], factors: Sequence[float], dtype: torch.dtype
+    i: int, scales: Sequence[Tensor], scale_index: Sequence[int], scale_factor: Sequence[float], dtype: torch.dtype
 ) -> float | Tensor:
-    return factors[i] if which[i] < 0 else scales[which[i]].to(dtype).reshape(()) * factors[i]
+    return scale_factor[i] if scale_index[i] < 0 else scales[scale_index[i]].to(dtype).reshape(()) * scale_factor[i]
 
 
 def _own(like: Tensor, x: Tensor) -> Tensor:
@@ -81,21 +84,22 @@ def differentiable_backward(
     sigma: Tensor,
     vectors: Tensor,
     dims: Sequence[int],
-    view_bits: Sequence[int],
-    which: Sequence[int],
-    factors: Sequence[float],
+    view_masks: Sequence[int],
+    scale_index: Sequence[int],
+    scale_factor: Sequence[float],
     dtypes: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``rescale_backward`` in differentiable torch: the kernel of devices that have none, and the second order."""
     d_weights, d_scales = [], [torch.zeros_like(scale) for scale in scales]
-    for i, outer in enumerate(_outer_products(bases, vectors, dims, view_bits)):
+    for i, outer in enumerate(_outer_products(bases, vectors, dims, view_masks)):
         g, base = gradients[i].to(sigma.dtype), bases[i].to(sigma.dtype)
         zero = sigma[i] == 0
         divisor = torch.where(zero, torch.ones_like(sigma[i]), sigma[i])
-        scale = _scale(i, scales, which, factors, sigma.dtype)
+        scale = _scale(i, scales, scale_index, scale_factor, sigma.dtype)
         inner = (g * base).sum()
-        if which[i] >= 0:
-            d_scales[which[i]] = d_scales[which[i]] + (inner / divisor * factors[i]).to(scales[which[i]].dtype)
+        if scale_index[i] >= 0:
+            at = scale_index[i]
+            d_scales[at] = d_scales[at] + (inner / divisor * scale_factor[i]).to(scales[at].dtype)
             inner = inner * scale / divisor
         along = -torch.where(zero, torch.zeros_like(inner), inner / divisor)
         if grad_sigma is not None:
@@ -105,11 +109,11 @@ def differentiable_backward(
 
 
 def _outer_products(
-    weights: Sequence[Tensor], vectors: Tensor, dims: Sequence[int], view_bits: Sequence[int]
+    weights: Sequence[Tensor], vectors: Tensor, dims: Sequence[int], view_masks: Sequence[int]
 ) -> list[Tensor]:
     """The mean of u v^T over the views of each weight, laid back onto the weight."""
     products, start = [], 0
-    for w, dim, bits in zip(weights, dims, view_bits, strict=True):
+    for w, dim, bits in zip(weights, dims, view_masks, strict=True):
         moved = w.movedim(dim, 0)
         o, i, k = moved.shape[0], moved.shape[1], moved[0, 0].numel()
         total = vectors.new_zeros((o, i, k))

@@ -2,21 +2,22 @@
 
 Each takes all weights of a call, so that a network costs as many calls as a layer::
 
-    power_iteration(weights, u, v, dims, views, n) -> (sigma, vectors)
-        n rounds on every view of every weight from (u, v). vectors: copies of (u, v) as they are afterwards, end to
-        end; sigma: u^T M v of each view. n = 0 measures.
+    power_iteration(weights, u, v, dims, view_masks, v_first, n) -> (sigma, vectors)
+        n rounds of u <- M v / |M v|, v <- M^T u / |M^T u| on every view of every weight, or, for a weight with
+        ``v_first``, of v, then u. vectors: copies of (u, v) as they are afterwards, end to end; sigma: u^T M v of each
+        view. n = 0 measures.
     power_iteration_: the same, and writes u and v back in place.
-    rescale(weights, scales, sigma, vectors, dims, views, which, factors, dtypes) -> ([W̄], mean sigma)
+    rescale(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes) -> ([W̄], mean sigma)
         W̄ = c W / mean(sigma of its views), in the given dtypes. Both results are differentiable in weights and scales,
         to any order, with u and v held constant.
     rescale_backward(gradients, grad_sigma, bases, scales, mean sigma, vectors, ...) -> ([dW], [dscale])
         dW = (c / sigma) G + (grad_sigma - <G, W̄> / sigma) mean of u v^T,  dc = <G, W> / sigma. bases: W̄, which allows
         the weight to change before the gradient is asked for; W where the scale is a tensor, which may be 0.
 
-Numbers, one per weight: ``dims`` the dimension of output channels; ``views`` 1 (out), 2 (in) or 3 (both); c is
-``factors[i]``, times ``scales[which[i]]`` unless that is -1; ``dtypes`` (the codes below), in the backward those of the
-weights. ``u`` and ``v`` have one entry per weight and view. All weights of a call are on one device and have sums of
-one dtype.
+Numbers, one per weight: ``dims`` the dimension of output channels; ``view_masks`` 1 (out), 2 (in) or 3 (both);
+``v_first`` 0, or 1 for the order of torch.nn.utils.spectral_norm; c is ``scale_factor[i]``, times
+``scales[scale_index[i]]`` unless that index is -1; ``dtypes`` (the codes below), in the backward those of the weights.
+``u`` and ``v`` have one entry per weight and view. All weights of a call are on one device and have sums of one dtype.
 
 The schemas live here, so that the package imports without having been built. C++ (csrc/register.cpp) adds the kernels
 for CPU tensors, and a rule of differentiation that costs a tenth of the one in Python (autograd.py), which it follows.
@@ -38,11 +39,12 @@ DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloa
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 LIBRARY = torch.library.Library("fastsn", "FRAGMENT")  # type: ignore[no-untyped-call]
-_NUMBERS = "int[] dims, int[] views, int[] which, float[] factors, int[] dtypes"
+_NUMBERS = "int[] dims, int[] view_masks, int[] scale_index, float[] scale_factor, int[] dtypes"
 for _schema in (
-    "power_iteration(Tensor[] weights, Tensor[] u, Tensor[] v, int[] dims, int[] views, int n) -> (Tensor, Tensor)",
-    "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int[] dims, int[] views, int n)"
+    "power_iteration(Tensor[] weights, Tensor[] u, Tensor[] v, int[] dims, int[] view_masks, int[] v_first, int n)"
     " -> (Tensor, Tensor)",
+    "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int[] dims, int[] view_masks, int[] v_first, "
+    "int n) -> (Tensor, Tensor)",
     f"rescale(Tensor[] weights, Tensor[] scales, Tensor sigma, Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor)",
     "rescale_backward(Tensor[] gradients, Tensor? grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
     f"Tensor vectors, {_NUMBERS}) -> (Tensor[], Tensor[])",

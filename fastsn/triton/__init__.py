@@ -1,1 +1,1 @@
-"""Triton kernels: the list ops of fastsn/ops.py in a constant number of launches. Imported when first needed."""
+"""Triton kernels: the list ops of fastsn/ops/ in a constant number of launches. Imported when first needed."""

@@ -8,9 +8,10 @@ import triton.language as tl
 from fastsn.triton.shared import exponent_of, power_of_two
 
 # What a program does, and what is finished when the last one of a weight is done.
-FUSED = tl.constexpr(0)  # both halves: one iteration of a weight whose rows are output channels
-ACCUMULATE = tl.constexpr(1)  # the first half of an iteration of a turned weight: u from the v in force
-LOCAL = tl.constexpr(2)  # its second half: v from that u
+# The vector of rows is u; of a turned weight, whose rows are input channels, v. That of columns is the other one.
+FUSED = tl.constexpr(0)  # both halves: a round in which the vector of rows comes first
+ACCUMULATE = tl.constexpr(1)  # the first half of a round in which that of columns does: it, from the one of rows
+LOCAL = tl.constexpr(2)  # its second half: the vector of rows from that of columns
 MEASURE = tl.constexpr(3)  # no iteration: sigma = u^T M v
 
 # Columns of the table, one row of int64 per weight. Addresses, and offsets into the flat tensors of a call.
@@ -143,7 +144,7 @@ def finish(row, mode, gathered, flat, sigma, scratch, first, store, FINISH: tl.c
             value = tl.where(measured, product, tl.where(mode == LOCAL, local, fused))
             raw_norm = tl.where(((mode == FUSED) & (top != NOTHING)) | (mode == LOCAL), norm, nan)
             _take(row, 2 * view, raw, raw_norm, raw_n, flat, first, store, BT)
-            # The second half of a turned weight's iteration finds x where the first half has put it.
+            # The second of two halves finds x where the first has put it.
             x_first = tl.where(mode == LOCAL, 0, first)
             _take(row, 2 * view + 1, sums, tl.where(accumulated, sums_norm, nan), sums_n, flat, x_first, store, BT)
             if mode != ACCUMULATE:

@@ -19,12 +19,20 @@ from fastsn.triton.settings import Settings, current
 _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
 
 
-def prepared(store: bool, weights: Sequence[Tensor], dims: Sequence[int], views: Sequence[int], n: int) -> Run:
+def prepared(
+    store: bool,
+    weights: Sequence[Tensor],
+    dims: Sequence[int],
+    view_masks: Sequence[int],
+    v_first: Sequence[int],
+    n: int,
+) -> Run:
     """What gives (sigma, vectors), as the op does, for lists of tensors like these; with ``store``, u and v are written
     in place."""
     placed = [described(w, dim) for w, dim in zip(weights, dims, strict=True)]
     device = weights[0].device
-    plan = _plan(tuple(weight for _, weight in placed), tuple(views), device, n == 0, current(device))
+    described_all = tuple(weight for _, weight in placed)
+    plan = _plan(described_all, tuple(view_masks), tuple(v_first), device, n == 0, current(device))
     where_they_are = all(place is w for w, (place, _) in zip(weights, placed, strict=True))
 
     def run(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
@@ -54,23 +62,24 @@ class Plan:
     def __init__(
         self,
         weights: Sequence[Weight],
-        views: Sequence[int],
+        view_masks: Sequence[int],
+        v_first: Sequence[int],
         device: torch.device,
         measure: bool,
         settings: Settings,
     ) -> None:
-        self.device, self.weights, self.views, self.settings = device, weights, views, settings
+        self.device, self.weights, self.view_masks, self.settings = device, weights, view_masks, settings
         self.tables = memory.Tables()
         self.tiles = [settings.tiles(w.arrangement, settings.tile) for w in weights]
         self.vectors = self.scratch = self.sigmas = 0
         self.places = [self._place(i) for i in range(len(weights))]
-        turned = [w.arrangement.turned for w in weights]
         self._kinds = Kinds()
-        # Turned weights take two launches, one for each half of the iteration.
+        # Where the vector with entries for columns comes first, each half of a round takes a launch of its own.
+        apart = [w.arrangement.turned != bool(order) for w, order in zip(weights, v_first, strict=True)]
         passes: list[list[int | None]] = [[_MEASURE] * len(weights)]
         if not measure:
-            passes = [[_ACCUMULATE if t else _FUSED for t in turned]]
-            passes += [[_LOCAL if t else None for t in turned]] if any(turned) else []
+            passes = [[_ACCUMULATE if two else _FUSED for two in apart]]
+            passes += [[_LOCAL if two else None for two in apart]] if any(apart) else []
         self.phases = [phase for modes in passes for phase in self._phases(modes)]
         self.kinds = tuple(self._kinds.found)
         self.sent = [phase.sent(device) for phase in self.phases]
@@ -78,7 +87,7 @@ class Plan:
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
         a, tiles = self.weights[i].arrangement, self.tiles[i]
-        places, size = vector_places(a, self.views[i])
+        places, size = vector_places(a, self.view_masks[i])
         vectors = [self.vectors + place if place >= 0 else -1 for place in places]
         in_row, in_class = places[0] >= 0, places[2] >= 0
         after = self.sigmas + (in_row and in_class)  # sigma of `out` comes first: of the class matrix where turned
@@ -112,7 +121,7 @@ class Plan:
         pair = 0
         for i, tensor in enumerate(weights):
             a, place, views = self.weights[i].arrangement, self.places[i], {}
-            for bit in (bit for bit in (1, 2) if self.views[i] & bit):
+            for bit in (bit for bit in (1, 2) if self.view_masks[i] & bit):
                 views[bit] = (u[pair].data_ptr(), v[pair].data_ptr())
                 pair += 1
             rows, classes = (views.get(bit, (0, 0)) for bit in ((2, 1) if a.turned else (1, 2)))

@@ -1,4 +1,4 @@
-"""The list ops of fastsn/ops.py, same arguments, for tensors that kernels can read. Arguments are not checked here.
+"""The list ops of fastsn/ops/, same arguments, for tensors that kernels can read. Arguments are not checked here.
 
 ``tune`` measures how they are launched best.
 """
@@ -102,11 +102,12 @@ def _discriminator(device: torch.device) -> list[Tensor]:
 
 
 def _step_of(weights: Sequence[Tensor], device: torch.device) -> Callable[[Settings], float]:
-    views = [3 if w.ndim > 2 and w[0, 0].numel() > 1 else 1 for w in weights]
-    dims, which, factors, dtypes = [0] * len(weights), [-1] * len(weights), [1.0] * len(weights), [6] * len(weights)
+    view_masks = [3 if w.ndim > 2 and w[0, 0].numel() > 1 else 1 for w in weights]
+    count = len(weights)
+    numbers = [0] * count, view_masks, [-1] * count, [1.0] * count, [6] * count
     u: list[Tensor] = []
     v: list[Tensor] = []
-    for w, bits in zip(weights, views, strict=True):
+    for w, bits in zip(weights, view_masks, strict=True):
         o, i, k = w.shape[0], w.shape[1], w[0, 0].numel()
         for sizes in ((o, i * k), (o * k, i))[: bits.bit_count()]:
             for vectors, size in zip((u, v), sizes, strict=True):
@@ -114,9 +115,9 @@ def _step_of(weights: Sequence[Tensor], device: torch.device) -> Callable[[Setti
     gradients = [torch.randn_like(w) for w in weights]
 
     def step() -> None:
-        sigma, vectors = call("power_iteration_", weights, u, v, dims, views, 1)
-        outputs, mean = call("rescale", weights, [], sigma, vectors, dims, views, which, factors, dtypes)
-        call("rescale_backward", gradients, None, outputs, [], mean, vectors, dims, views, which, factors, dtypes)
+        sigma, vectors = call("power_iteration_", weights, u, v, *numbers[:2], [0] * count, 1)
+        outputs, mean = call("rescale", weights, [], sigma, vectors, *numbers)
+        call("rescale_backward", gradients, None, outputs, [], mean, vectors, *numbers)
 
     def measure(tried: Settings) -> float:
         settings.use(tried, device)

@@ -86,13 +86,13 @@ def by_size(weights: Sequence[Weight]) -> list[int]:
     return sorted(range(len(weights)), key=lambda i: -weights[i].arrangement.numel)
 
 
-def vector_places(a: Arrangement, views: int) -> tuple[tuple[int, int, int, int], int]:
+def vector_places(a: Arrangement, view_mask: int) -> tuple[tuple[int, int, int, int], int]:
     """Where p, x, q and z of a weight lie among its own flat vectors (u and v of `out`, u and v of `in`), -1 where
     there is no such view; and how many entries they have."""
     sizes = {1: (a.b, a.rows * a.k), 2: (a.n, a.rows)} if a.turned else {1: (a.rows, a.n), 2: (a.rows * a.k, a.b)}
     found: dict[int, tuple[int, int]] = {}
     end = 0
-    for bit in (bit for bit in (1, 2) if views & bit):
+    for bit in (bit for bit in (1, 2) if view_mask & bit):
         u, v = sizes[bit]
         found[bit] = (end, end + u)
         end += u + v

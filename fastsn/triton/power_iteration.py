@@ -1,4 +1,5 @@
-"""u <- M v / |M v|, v <- M^T u / |M^T u| for both views of all weights of a call, each weight read once.
+"""u <- M v / |M v|, v <- M^T u / |M^T u| for both views of all weights of a call, in this order or the other. A weight
+is read once where the vector that has entries for its rows comes first, otherwise once for each half.
 
 A program takes a block of rows of one weight. The local half gives p = <row, x> (row matrix: u from v) and
 q[k] = sum_b w[b, k] z[b] (class matrix) for its rows; the accumulating half adds p · row into x and q · row into z,

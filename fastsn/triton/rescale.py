@@ -22,7 +22,7 @@ SIGMA = tl.constexpr(6)  # offset of the weight's first sigma, and how many ther
 VIEWS = tl.constexpr(7)
 FACTOR = tl.constexpr(8)  # the bits of a float32
 SCALE = tl.constexpr(9)  # address of a float32, or 0
-WHICH = tl.constexpr(10)  # its number, or -1
+SCALE_INDEX = tl.constexpr(10)  # its number, or -1
 FLAT = tl.constexpr(11)  # four offsets into the flat vectors: p, x, q, z; -1 where there is no such view
 GRADIENT = tl.constexpr(15)  # address of G, distance of its rows
 GRADIENT_STRIDE = tl.constexpr(16)
@@ -147,7 +147,7 @@ def _settle(row, layer, sigma, grad_sigma, has_grad_sigma, dots, coefficients, B
     divisor = tl.where(value == 0.0, 1.0, value)
     factor = _scale_of(row).to(tl.float64) / divisor
     inner = dot
-    if tl.load(row + WHICH) >= 0:  # the base is W, not W̄
+    if tl.load(row + SCALE_INDEX) >= 0:  # the base is W, not W̄
         inner = dot * factor
     along = tl.where(value == 0.0, 0.0, -inner / divisor)
     if has_grad_sigma != 0:
@@ -270,8 +270,8 @@ def gradient(table, work, coefficients, flat, layers, scales, KINDS: tl.constexp
             total = tl.zeros((BL,), tl.float32)
             for begin in range(0, layers, BL):
                 at = begin + tl.arange(0, BL)
-                which = tl.load(table + at * COLUMNS + WHICH, mask=at < layers, other=-1)
+                index = tl.load(table + at * COLUMNS + SCALE_INDEX, mask=at < layers, other=-1)
                 part = tl.load(coefficients + 3 * at + 2, mask=at < layers, other=0.0)
-                total += tl.where(which == scale, part, 0.0)
+                total += tl.where(index == scale, part, 0.0)
             address = tl.load(table + layers * COLUMNS + scale)
             tl.store(address.to(tl.pointer_type(tl.float32)), tl.sum(total, axis=0))

@@ -24,23 +24,23 @@ _SCALED = 128  # weights whose derivatives by a scale are added at a time
 class Numbers(NamedTuple):
     """What a call says of its weights beside the tensors."""
 
-    views: tuple[int, ...]
-    which: tuple[int, ...]
-    factors: tuple[float, ...]
+    view_masks: tuple[int, ...]
+    scale_index: tuple[int, ...]
+    scale_factor: tuple[float, ...]
     dtypes: tuple[int, ...]
 
 
 def prepared_rescale(
     weights: Sequence[Tensor],
     dims: Sequence[int],
-    views: Sequence[int],
-    which: Sequence[int],
-    factors: Sequence[float],
+    view_masks: Sequence[int],
+    scale_index: Sequence[int],
+    scale_factor: Sequence[float],
     dtypes: Sequence[int],
 ) -> Run:
     """What gives ([W̄], mean sigma), as the op does, for lists of tensors like these."""
     placed = [described(w, dim, dense=True) for w, dim in zip(weights, dims, strict=True)]
-    numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
+    numbers = Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes))
     plan = _forward_plan(tuple(w for _, w in placed), numbers, weights[0].device, current(weights[0].device))
     where_they_are = all(place is w for w, (place, _) in zip(weights, placed, strict=True))
 
@@ -59,15 +59,15 @@ def prepared_rescale_backward(
     bases: Sequence[Tensor],
     scales: Sequence[Tensor],
     dims: Sequence[int],
-    views: Sequence[int],
-    which: Sequence[int],
-    factors: Sequence[float],
+    view_masks: Sequence[int],
+    scale_index: Sequence[int],
+    scale_factor: Sequence[float],
     dtypes: Sequence[int],
 ) -> Run:
     """What gives ([dW], [dscale]), as the op does, for lists of tensors like these."""
     placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
     beside = [_beside(*each) for each in zip(gradients, bases, placed, dims, strict=True)]
-    numbers = Numbers(tuple(views), tuple(which), tuple(factors), tuple(dtypes))
+    numbers = Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes))
     described_all = tuple(w for _, w in placed), tuple(g for _, g in beside)
     device = bases[0].device
     plan = _backward_plan(*described_all, numbers, len(scales), device, current(device))
@@ -142,10 +142,10 @@ class _Plan:
 
     def row(self, i: int, tensor: Tensor, result: Tensor, sigma: int, scales: Sequence[Tensor]) -> list[int]:
         """The columns up to the scale's number."""
-        a, which, views = self.weights[i].arrangement, self.numbers.which[i], self.numbers.views[i].bit_count()
-        scale = scales[which].data_ptr() if which >= 0 else 0
+        a, at, views = self.weights[i].arrangement, self.numbers.scale_index[i], self.numbers.view_masks[i].bit_count()
+        scale = scales[at].data_ptr() if at >= 0 else 0
         numbers = [tensor.data_ptr(), a.stride, a.rows, a.b, a.k, result.data_ptr(), sigma, views]
-        return [*numbers, _bits(self.numbers.factors[i]), scale, which]
+        return [*numbers, _bits(self.numbers.scale_factor[i]), scale, at]
 
     def chunks(self, i: int) -> int:
         """Programs of the elementwise kernels."""
@@ -172,7 +172,7 @@ class _Forward(_Plan):
         unused = [0] * (kernels.COLUMNS.value - kernels.FLAT.value)
         for i, tensor in enumerate(weights):
             numbers += [*self.row(i, tensor, results[i], sigma, scales), *unused]
-            sigma += self.numbers.views[i].bit_count()
+            sigma += self.numbers.view_masks[i].bit_count()
         return numbers
 
     def run(self, weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -233,7 +233,7 @@ class _Backward(_Plan):
 
     def _views(self, i: int) -> tuple[bool, bool]:
         """Whether the row matrix and the class matrix are in use."""
-        out, into = bool(self.numbers.views[i] & 1), bool(self.numbers.views[i] & 2)
+        out, into = bool(self.numbers.view_masks[i] & 1), bool(self.numbers.view_masks[i] & 2)
         return (into, out) if self.weights[i].arrangement.turned else (out, into)
 
     def rows(
@@ -248,7 +248,7 @@ class _Backward(_Plan):
         numbers: list[int] = []
         flat = 0
         for i, (base, g) in enumerate(zip(bases, gradients, strict=True)):
-            places, size = vector_places(self.weights[i].arrangement, self.numbers.views[i])
+            places, size = vector_places(self.weights[i].arrangement, self.numbers.view_masks[i])
             own = [flat + place if place >= 0 else -1 for place in places]
             flat += size
             numbers += [
