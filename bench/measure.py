@@ -14,19 +14,24 @@ BURST = 3
 LONG = 0.1  # seconds: a step that takes longer is timed once a turn, what it finds in the caches no longer matters
 
 Step = Callable[[], object]
+Clock = Callable[[], float]
 
 
-def seconds(step: Step) -> float:
+def seconds(step: Step, clock: Clock = time.perf_counter) -> float:
     """Until the results are there, not until the work is queued."""
     _synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     _synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(steps: Mapping[str, Step], budget: float, least: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    steps: Mapping[str, Step], budget: float, least: int = 3, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every step in every round, rounds until ``budget`` seconds are used and at least ``least``.
+
+    ``clock``: ``time.process_time`` leaves out what other processes have of the cores, for steps of one thread.
 
     A turn is one repetition that is not timed, so that each step finds the caches as it leaves them itself and not as
     its predecessor did, and then the median of ``BURST`` timed ones.
@@ -39,7 +44,7 @@ def interleaved(steps: Mapping[str, Step], budget: float, least: int = 3) -> dic
         while rounds < least or time.perf_counter() < end:
             for name, step in steps.items():
                 repetitions = 1 if seconds(step) > LONG else BURST
-                times[name].append(statistics.median(seconds(step) for _ in range(repetitions)))
+                times[name].append(statistics.median(seconds(step, clock) for _ in range(repetitions)))
             rounds += 1
     finally:
         gc.enable()

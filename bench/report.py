@@ -4,6 +4,7 @@ python -m pytest bench/ --benchmark-only --benchmark-json=raw.json
 python bench/report.py raw.json bench/results/<device>/<name>.json      # no host names, no paths, medians only
 python bench/report.py --readme bench/results/<device>/<name>.json      # writes the table between README's markers
 python bench/report.py --picture bench/results/<device>/<name>.json OUT.png
+python bench/report.py --host-cost bench/results/<device>/<name>.json   # prints a table, beside the targets
 """
 
 from __future__ import annotations
@@ -81,6 +82,20 @@ def _training(steps: dict[str, dict[str, Any]]) -> str:
     return f"A whole training step of the CIFAR10 CNN, {batch} real and {batch} fake images: {'; '.join(parts)}."
 
 
+def host_costs(result: dict[str, Any], name: str) -> str:
+    """What the host spends on normalization, as Markdown."""
+    head = ["layers", "contestant", "µs above none", "µs a layer", "times less than torch's SN", "target", "x floor"]
+    rows = [head, ["---"] * len(head)]
+    for x in result["results"]["host_cost"]:
+        numbers = [x["cost_us"], x["cost_per_layer_us"], x["times_less_than_torch_SN_eager"]]
+        target = f"{x['target_times_less']:g}" if "target_times_less" in x else ""
+        rows.append([str(x["layers"]), x["contestant"], *map(_short, numbers), target, _short(x["times_floor"])])
+    floors = {x["layers"]: _short(x["floor_us"]) for x in result["results"]["host_cost"]}
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", f"Floor: {', '.join(f'{layers} layers {floor} µs' for layers, floor in floors.items())}."]
+    return "\n".join([*lines, "", f"{provenance(result)}, {result['date']} (`{name}`)."])
+
+
 def provenance(result: dict[str, Any]) -> str:
     """Where the figures are from."""
     machine, threads = result["machine"], result["machine"]["threads"]
@@ -112,6 +127,8 @@ def _load(path: str) -> dict[str, Any]:
 if __name__ == "__main__":
     if sys.argv[1] == "--readme":
         README.write_text(with_table(README.read_text(), table(_load(sys.argv[2]), Path(sys.argv[2]).as_posix())))
+    elif sys.argv[1] == "--host-cost":
+        print(host_costs(_load(sys.argv[2]), Path(sys.argv[2]).as_posix()))
     elif sys.argv[1] == "--picture":
         import picture
 

@@ -52,7 +52,7 @@ def medians() -> dict[tuple[str, str], float]:
 def test_demo_step(benchmark, norm, impl):
     found = medians()
     benchmark.extra_info |= {
-        "norm": norm,
+        "variant": norm,
         "impl": impl,
         "step_ms": found[norm, impl] * 1e3,
         "times_reference": found[norm, impl] / found[norm, "reference"],

@@ -9,5 +9,6 @@ import fastsn
 
 ROOT = Path(fastsn.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, EQUIVALENT, GENERATOR, UPSCALER, VOCODER, CLASSIFIER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CONVERT, EXAMPLE, EQUIVALENT, *_FAMILIES, GENERATOR = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+UPSCALER, VOCODER, CLASSIFIER = _FAMILIES
 INLINE = re.findall(r"`(fastsn\.[^`\n]*\))`", README)

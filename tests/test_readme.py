@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastsn
-from readme import EQUIVALENT, EXAMPLE, INLINE, README, ROOT
+from dispatched import Counted
+from readme import CONVERT, EQUIVALENT, EXAMPLE, INLINE, README, ROOT
 
 
 def script(path: str) -> ModuleType:
@@ -31,6 +32,18 @@ def script(path: str) -> ModuleType:
 
 report, matrix = script("bench/report.py"), script(".ci/matrix.py")
 digits = script("train/results/digits/report.py")
+
+
+def test_the_two_lines_keep_the_numbers():
+    spectral_norm = parametrizations.spectral_norm
+    theirs = nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3)), spectral_norm(nn.Conv2d(4, 4, 3)))
+    model, x = copy.deepcopy(theirs), torch.randn(2, 3, 8, 8)
+    exec(CONVERT, {"fastsn": fastsn, "model": model})
+    for _ in range(3):
+        with Counted() as counted:
+            found = model(x)
+        assert counted.names == ["power_iteration_", "rescale"]
+        torch.testing.assert_close(found, theirs(x))
 
 
 def test_the_example_runs():
@@ -62,6 +75,7 @@ def test_the_calls_in_the_text_run():
     names["ema"] = fastsn.convert(copy.deepcopy(model))
     calls = [call for call in INLINE if "sync(" not in call and "tune(" not in call]
     assert len(calls) >= 10
+    exec(CONVERT, names)
     for call in calls:
         exec(call, names)
     assert type(model[0]) is nn.Linear
@@ -90,13 +104,21 @@ def test_a_test_that_fails_twice_counts_once_in_the_table_of_versions(tmp_path):
     assert matrix.counted(tmp_path / "report.xml") == expected
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!http)(.*?)\)", README)
+def headings(file: Path) -> set[str]:
+    """As links name them."""
+    lines = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    return {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("name", ["README.md", "train/README.md"])
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\((?!http)(.*?)\)", (ROOT / name).read_text())
     assert len(links) >= 5
-    headings = {
-        "#" + line.lstrip("# ").lower().replace(" ", "-") for line in README.splitlines() if line.startswith("#")
-    }
-    assert all(link in headings if link.startswith("#") else (ROOT / link).is_file() for link in links)
+    for link in links:
+        path, _, heading = link.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.is_file(), link
+        assert not heading or heading in headings(file), link
 
 
 def test_the_tables_of_the_digits_are_those_of_the_committed_rows():

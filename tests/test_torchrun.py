@@ -86,8 +86,8 @@ def step_of(run: Path) -> int:
 
 
 def slurm_script(arguments: list[str]) -> str:
-    """README's, with two CPU processes on one node in place of its GPUs and nodes."""
-    blocks = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """That of train/README.md, with two CPU processes on one node in place of its GPUs and nodes."""
+    blocks = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "train/README.md").read_text(), re.DOTALL)
     (script,) = (x for x in blocks if "#SBATCH" in x)
     head, line, tail = re.fullmatch(r"(.*?)(train/imagenet\.py .*?)( &\n.*)", script, re.DOTALL).groups()
     assert "--resume" in line
