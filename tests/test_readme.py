@@ -34,8 +34,8 @@ report, matrix = script("bench/report.py"), script(".ci/matrix.py")
 digits = script("train/results/digits/report.py")
 
 
-def test_the_two_lines_keep_the_numbers():
-    spectral_norm = parametrizations.spectral_norm
+@pytest.mark.parametrize("spectral_norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_the_two_lines_keep_the_numbers(spectral_norm):
     theirs = nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3)), spectral_norm(nn.Conv2d(4, 4, 3)))
     model, x = copy.deepcopy(theirs), torch.randn(2, 3, 8, 8)
     exec(CONVERT, {"fastsn": fastsn, "model": model})
