@@ -9,9 +9,9 @@ from fastsn.triton.shared import exponent_of, power_of_two
 
 # What a program does, and what is finished when the last one of a weight is done.
 # The vector of rows is u; of a turned weight, whose rows are input channels, v. That of columns is the other one.
-FUSED = tl.constexpr(0)  # both halves: a round in which the vector of rows comes first
-ACCUMULATE = tl.constexpr(1)  # the first half of a round in which that of columns does: it, from the one of rows
-LOCAL = tl.constexpr(2)  # its second half: the vector of rows from that of columns
+FUSED = tl.constexpr(0)  # a round in which the vector of rows comes first: both halves
+ACCUMULATE = tl.constexpr(1)  # of another round the first half: the vector of columns from that of rows
+LOCAL = tl.constexpr(2)  # and the second: the vector of rows from that of columns
 MEASURE = tl.constexpr(3)  # no iteration: sigma = u^T M v
 
 # Columns of the table, one row of int64 per weight. Addresses, and offsets into the flat tensors of a call.
