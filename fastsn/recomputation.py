@@ -87,6 +87,11 @@ def in_backward() -> bool:
     return torch_private.backward_id() != -1
 
 
+def has_own_graph() -> bool:
+    """Whether it is a reentrant region, which has a backward of its own; others only fill in what the graph lacks."""
+    return in_backward() and not torch_private.saved_tensors_are_seen()
+
+
 def unseen_by_checkpoints() -> AbstractContextManager[object]:
     """Checkpoints count the tensors that are saved in their region, and W̄ may have been made outside of it in one of
     the two runs: what is saved in here is kept as it is, and not counted."""

@@ -77,9 +77,8 @@ class CachedWeight:
     def get(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
         """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
         that is wanted is not the one that was made; then one made anew with the vectors of the step."""
-        # A graph cannot ask whether a weight has changed since the step began, unless the step is in the graph. A
-        # region that backward runs again has a graph of its own.
-        if (compiling and not self.call.traced) or (not compiling and recomputation.in_backward()):
+        # A graph cannot ask whether a weight has changed since the step began, unless the step is in the graph.
+        if (compiling and not self.call.traced) or (not compiling and recomputation.has_own_graph()):
             return self._make(weight, scale, dtype)
         if self._made is None:
             self._made = {self._spec.dtype: (self._weight, self._scale, self._versions, self._value)}

@@ -209,7 +209,9 @@ def test_a_second_backward_through_one_step_says_what_to_do(impl, inside, fused)
     """The loop of the DCGAN tutorial: a backward for real, a backward for fake."""
     net = nn.Sequential(fastsn.BSSNConv2d(2, 4, 3, impl=impl), nn.Flatten(), fastsn.SNLinear(64, 2, impl=impl))
     net, x = fastsn.fuse(net) if fused else net, batch()
-    message = r"weights of fastsn a second time.*in a fastsn\.step.*one backward for the sum of the losses.*retain_graph=True"
+    message = (
+        r"weights of fastsn a second time.*in a fastsn\.step.*one backward for the sum of the losses.*retain_graph=True"
+    )
     step = fastsn.step(net)
     step.__enter__()
     real, fake = net(x).mean(), net(-x).mean()

@@ -17,13 +17,14 @@ ROOT = PACKAGE.parent
 ORDER = """
     memory distributed interop.state_dict interop.state_dict_entries interop.convert interop.torch_hook interop.adapters
     model.tools model.scopes plan parametrize initialization model.sites layers norm loading exporting weight_cache
-    recomputation normalize ops ops.cuda ops.autograd ops.fallback ops.checks ops.schema backends origin torch_private checks interop.state_dict_layouts views
-    variants reference
+    recomputation normalize ops ops.cuda ops.autograd ops.fallback ops.checks ops.schema backends origin checks
+    interop.state_dict_layouts torch_private views variants reference
     triton.launch triton.rescale_calls triton.iteration_calls triton.plan triton.memory triton.settings triton.rescale
     triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement
     interop model triton
 """.split()  # noqa: SIM905 (a name per line would fill the screen)
-LEAVES = {"torch_private", "interop.state_dict_layouts", "origin", "views", "variants", "reference", "interop", "model", "triton"}
+LEAVES = {"interop.state_dict_layouts", "torch_private", "origin", "views", "variants", "reference"}
+LEAVES |= {"interop", "model", "triton"}
 
 
 def module_name(path: Path) -> str:
