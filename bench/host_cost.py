@@ -163,8 +163,8 @@ def bare(layers: int) -> dict[str, Step]:
     weights = [layer.weight for layer in plain_network(layers)]
     gradients = [torch.ones_like(w) for w in weights]
     u, v = ([F.normalize(torch.randn(SIDE), dim=0) for _ in weights] for _ in range(2))
-    dims, views = [0] * layers, [ops.VIEW_BITS["out"]] * layers
-    which, factors, dtypes = [-1] * layers, [1.0] * layers, [ops.DTYPE_CODES[torch.float32]] * layers
+    dims, view_masks, v_first = [0] * layers, [ops.VIEW_BITS["out"]] * layers, [0] * layers
+    numbers = [-1] * layers, [1.0] * layers, [ops.DTYPE_CODES[torch.float32]] * layers
 
     def backward(outputs: list[Tensor]) -> None:
         torch.autograd.backward(outputs, gradients)
@@ -172,8 +172,8 @@ def bare(layers: int) -> dict[str, Step]:
             weight.grad = None
 
     def ops_and_backward() -> None:
-        sigma, vectors = ops.power_iteration_(weights, u, v, dims, views, 1)
-        backward(ops.rescale(weights, [], sigma, vectors, dims, views, which, factors, dtypes)[0])
+        sigma, vectors = ops.power_iteration_(weights, u, v, dims, view_masks, v_first, 1)
+        backward(ops.rescale(weights, [], sigma, vectors, dims, view_masks, *numbers)[0])
 
     return {BARE_OPS: ops_and_backward, BARE_BACKWARD: lambda: backward(weights)}
 
