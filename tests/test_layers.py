@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 import fastsn
 from conftest import ON
@@ -241,13 +240,3 @@ def test_repr_says_which_implementation_computes():
         assert f"impl={impl!r}" in repr(fastsn.spectral_norm(nn.Linear(3, 4, dtype=dtype)))
     assert "impl='reference'" in repr(fastsn.SNLinear(3, 4, impl="reference"))
     assert "impl='auto'" in repr(fastsn.SNLinear(3, 4, device="meta"))  # nobody computes there
-
-
-def test_a_layer_can_be_compiled_whole():
-    net = nn.Sequential(fastsn.BSSNConv2d(3, 8, 3, scale=1.2), nn.ReLU(), fastsn.SNConv2d(8, 4, 3))
-    twin, x = copy.deepcopy(net), torch.randn(2, 3, 8, 8)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), net(x))
-    assert torch.equal(twin[0].spectral_norm._u, net[0].spectral_norm._u)
-    assert not parametrize.is_parametrized(net)

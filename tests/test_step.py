@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastsn
-from dispatched import Counted
+from dispatched import Counted, needs_kernels
 from networks import batch, moved, network, state
 
 
@@ -33,6 +33,7 @@ def test_a_step_iterates_once_and_serves_the_same_weight_to_every_use():
 
 @pytest.mark.parametrize("count", [4, 16])
 def test_a_step_asks_torch_for_no_op_however_many_layers_there_are(count):
+    needs_kernels()  # the reference is made of torch's
     net = nn.Sequential(*(fastsn.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)) for _ in range(count)))
     net(torch.randn(1, 4, 5, 5))
     with Counted("aten") as rest, fastsn.step(net):
