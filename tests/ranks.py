@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+import forked
 
 PATIENCE = 60  # seconds for a job; a collective that not all ranks enter gives up before
 
@@ -31,15 +31,6 @@ def _serve(rank: int, size: int, store: str, jobs: Any, results: Any) -> None:
     dist.destroy_process_group()
 
 
-def _context() -> Any:
-    """A server that has imported what takes seconds of each rank forks the ranks, where forking is safe."""
-    if sys.platform != "linux":
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp"])
-    return context
-
-
 class Ranks:
     """``ranks(function, *args)`` is [function(0, *args), function(1, *args), ...], each from its own process.
 
@@ -48,7 +39,7 @@ class Ranks:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = _context()
+        context = forked.context()
         self._jobs, self._results = [context.SimpleQueue() for _ in range(size)], context.Queue()
         self._processes = [
             context.Process(target=_serve, args=(r, size, str(folder / "store"), self._jobs[r], self._results))
