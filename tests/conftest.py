@@ -21,6 +21,8 @@ if ON == "cuda":
     torch.backends.cudnn.allow_tf32 = False
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+# Of the compiler, when it is imported: each of its workers would import torch, for a kernel or two.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 def pytest_configure(config):

@@ -116,6 +116,25 @@ def gradients(rank: int, options: dict[str, Any], scope: str, backend: str | Non
             optimizer.step()
 
 
+def evaluation_between(rank: int, broadcast_buffers: bool) -> None:
+    """Training, evaluation, training, then one backward of it all equals one process with all data, and the buffers
+    stay the objects that they were, where they were."""
+    model = network()
+    twin = copy.deepcopy(model)
+    ddp = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
+    places, before = [(x, x.data_ptr()) for x in model.buffers()], digest(model.buffers())
+    data = batches(dist.get_world_size())
+    for _ in range(2):
+        for net, (real, fake) in ((ddp, data[rank]), (twin, data.transpose(0, 1).flatten(1, 2))):
+            loss = net.train()(real).square().mean() + 0.1 * net.eval()(fake).mean()
+            (loss - net.train()(fake).square().mean()).backward()
+        assert_same_gradients(model, twin)
+    assert digest(model.buffers()) != before
+    for x, (buffer, pointer) in zip(model.buffers(), places, strict=True):
+        assert x is buffer
+        assert x.data_ptr() == pointer
+
+
 def accumulation(rank: int) -> None:
     """Two halves of the data, the first without communication, equal the big batch."""
     model = network()

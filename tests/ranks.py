@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+import forked
 
 PATIENCE = 60  # seconds for a job; a collective that not all ranks enter gives up before
 
@@ -38,7 +39,7 @@ class Ranks:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = mp.get_context("spawn")
+        context = forked.context()
         self._jobs, self._results = [context.SimpleQueue() for _ in range(size)], context.Queue()
         self._processes = [
             context.Process(target=_serve, args=(r, size, str(folder / "store"), self._jobs[r], self._results))

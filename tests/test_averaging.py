@@ -159,6 +159,13 @@ def test_what_does_not_match_is_named_and_nothing_is_copied():
             fastsn.copy_vectors(*arguments)
 
 
+@pytest.mark.parametrize("lacks", ["source", "target"])
+def test_vectors_are_copied_between_models_that_have_some(lacks):
+    models = {"source": network(), "target": network(), lacks: nn.Linear(4, 4)}
+    with pytest.raises(ValueError, match=f"{lacks} must have norms of fastsn, got none"):
+        fastsn.copy_vectors(**models)
+
+
 def test_training_goes_on_after_a_copy_between_forward_and_backward():
     """Graphs hold vectors of their own."""
     layer, other, x = fastsn.SNLinear(6, 5), fastsn.SNLinear(6, 5), torch.randn(3, 6)

@@ -40,6 +40,25 @@ def test_scale_of_another_kind(scale, error, message):
         fastsn.SSNLinear(3, 4, scale=scale)
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("x", TypeError, "scale must be a float or a tensor, got 'x'"),
+        (None, TypeError, "scale must be a float or a tensor, got None"),
+        (True, TypeError, "scale must be a float or a tensor, got True"),
+        (-1.0, ValueError, "scale must be finite and positive, got -1"),
+        (float("nan"), ValueError, "scale must be finite and positive, got nan"),
+    ],
+)
+def test_a_scale_is_checked_when_it_is_assigned(value, error, message):
+    layer = fastsn.BSSNLinear(4, 4, scale=1.4)
+    with pytest.raises(error, match=message):
+        layer.spectral_norm.scale = value
+    assert layer.spectral_norm.scale == 1.4
+    with pytest.raises(ValueError, match=r"scale must be 1.0 for variant 'bsn', got 2"):
+        fastsn.BSNLinear(4, 4).spectral_norm.scale = 2
+
+
 @pytest.mark.parametrize("scale", [1.5, nn.Parameter(torch.tensor(1.0))])
 def test_scale_of_a_variant_that_has_none_names_those_that_have(scale):
     with pytest.raises(ValueError, match=r"scale must be 1.0 for variant 'bsn', got .* free for 'ssn', 'bssn'"):
@@ -76,6 +95,12 @@ def test_eps(eps, error):
         fastsn.SNLinear(3, 4, eps=eps)
 
 
+@pytest.mark.parametrize("dim", ["0", 0.0, True, torch.ones(2)])
+def test_a_dim_that_is_no_integer(dim):
+    with pytest.raises(TypeError, match="dim must be an integer, got "):
+        fastsn.spectral_norm(nn.Linear(3, 4), dim=dim)
+
+
 @pytest.mark.parametrize("dim", [4, -5])
 def test_dim_out_of_range(dim):
     with pytest.raises(IndexError, match=rf"dim must be in \[-4, 3\] for a weight of 4 dimensions, got {dim}"):
@@ -100,9 +125,25 @@ def test_a_module_that_is_none():
         pass
 
 
+def entered(model: nn.Module) -> None:
+    with fastsn.step(model):
+        pass
+
+
+@pytest.mark.parametrize("call", [entered, fastsn.fuse, fastsn.warm_up, fastsn.advance, fastsn.fold])
+def test_a_model_without_norms_is_refused_by_whatever_would_change_them(call):
+    with pytest.raises(
+        ValueError, match=r"model must have norms of fastsn, got none: call fastsn\.convert on it first"
+    ):
+        call(nn.Linear(2, 2))
+
+
 def test_lazy_weights():
     with pytest.raises(ValueError, match=r"LazyLinear.weight must be initialized, got a lazy parameter"):
         fastsn.spectral_norm(nn.LazyLinear(4))
+    layer = nn.LazyLinear(4)
+    layer(torch.randn(2, 6))
+    assert fastsn.spectral_norm(layer)(torch.randn(2, 6)).shape == (2, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
@@ -111,6 +152,18 @@ def test_weights_without_a_norm(dtype):
     module.register_buffer("weight", torch.ones(3, 4).to(dtype))
     with pytest.raises(TypeError, match=f"Module.weight must be floating point or complex, got {dtype}"):
         fastsn.spectral_norm(module)
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant)")
+def test_weights_that_are_not_dense(layout):
+    sparse = torch.eye(4).to_sparse(layout=getattr(torch, layout))
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(sparse)
+    with pytest.raises(TypeError, match=rf"Linear.weight must be dense, got layout torch.{layout}: .*to_dense\(\)"):
+        fastsn.spectral_norm(layer)
+    with pytest.raises(TypeError, match="weight must be dense"):
+        fastsn.SpectralNorm(torch.eye(4))(sparse)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (3, 0, 2)])
@@ -125,7 +178,7 @@ def test_meta_weights_have_no_numbers():
     with torch.device("meta"):
         net = nn.Sequential(nn.ReLU(), fastsn.SNLinear(3, 4))
     for function in (fastsn.sigmas, fastsn.warm_up, fastsn.advance, fastsn.fold):
-        with pytest.raises(ValueError, match="weight of '1' must have values, got a meta tensor"):
+        with pytest.raises(ValueError, match="weight of '1' must have values, got a meta tensor: materialize"):
             function(net)
     assert isinstance(net[1], fastsn.SNLinear)
 
@@ -161,6 +214,8 @@ def test_embeddings_that_cannot_be_normalized():
 def test_scale_bias_without_a_scale_or_a_bias(name):
     with pytest.raises(ValueError, match=f"scale_bias must be False, got True: {name} has no free scale or no bias"):
         getattr(fastsn, name)(3, 4, scale_bias=True)
+    with pytest.raises(ValueError, match="BSSNLinear has no free scale or no bias"):
+        fastsn.BSSNLinear(3, 4, bias=False, scale_bias=True)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -206,6 +261,39 @@ def test_fold_refuses_a_users_subclass_and_changes_nothing():
     with pytest.raises(TypeError, match="model has Mine at '1', a subclass that cannot be folded"):
         fastsn.fold(net)
     assert isinstance(net[0], fastsn.SNLinear)
+
+
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_flags_are_true_or_false(value):
+    with pytest.raises(TypeError, match=f"advance must be True or False, got {value!r}"):
+        fastsn.step(fastsn.SNLinear(3, 4), advance=value)
+    with pytest.raises(TypeError, match=f"scale_bias must be True or False, got {value!r}"):
+        fastsn.SSNLinear(3, 4, scale_bias=value)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "error", "message"),
+    [
+        ({"x": ()}, ValueError, "vectors must have the views 'out' and 'in' as keys, got 'x'"),
+        ([torch.ones(3)], TypeError, r"vectors must be a mapping of view to \(u, v\), got list"),
+    ],
+)
+def test_vectors_of_something_that_is_no_view(vectors, error, message):
+    with pytest.raises(error, match=message):
+        fastsn.SpectralNorm(torch.randn(3, 4), vectors=vectors)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("made", "called"), [((4, 4, 3, 3), (4, 36)), ((4, 4), (4,)), ((4,), (4, 4))])
+def test_a_norm_is_called_with_as_many_dimensions_as_it_was_made_for(made, called, impl):
+    norm = fastsn.SpectralNorm(torch.randn(made), impl=impl)
+    before = [x.clone() for x in norm.buffers()]
+    with pytest.raises(ValueError, match=f"weight must have {len(made)} dimensions as at .*, got {len(called)}"):
+        norm(torch.randn(called))
+    assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
+    for nothing in (None, 3.0):
+        with pytest.raises(TypeError, match=f"weight must be a tensor, got {type(nothing).__name__}"):
+            norm(nothing)
 
 
 def test_unknown_gradient():

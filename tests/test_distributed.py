@@ -30,6 +30,10 @@ def test_after_sync_all_ranks_have_the_same_bits_at_every_step(request, size, br
     assert len(set(first)) == rank_jobs.STEPS  # and they do move
 
 
+def test_a_run_is_repeatable_to_the_bit(two):
+    assert two(rank_jobs.train, False, True, "no") == two(rank_jobs.train, False, True, "no")
+
+
 def test_without_sync_ranks_keep_different_vectors(two):
     a, b = two(rank_jobs.train, False, False, "step")
     assert all(x[0] != y[0] and x[1] != y[1] for x, y in zip(a, b, strict=True))
@@ -39,6 +43,11 @@ def test_without_sync_ranks_keep_different_vectors(two):
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
 def test_two_forwards_and_a_backward_equal_one_process_with_all_data(two, broadcast_buffers, scope):
     two(rank_jobs.gradients, {"broadcast_buffers": broadcast_buffers}, scope)
+
+
+@pytest.mark.parametrize("broadcast_buffers", [True, False])
+def test_evaluation_between_two_forwards_equals_one_process_with_all_data(two, broadcast_buffers):
+    two(rank_jobs.evaluation_between, broadcast_buffers)
 
 
 @pytest.mark.parametrize("scope", ["wrapper", "fuse", "no"])

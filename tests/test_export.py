@@ -43,13 +43,15 @@ def test_torch_export():
     torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
 
 
-def test_torchscript_trace():
+@pytest.mark.parametrize("how", ["trace", "script"])
+def test_torchscript(how):
     net, x, expected = folded()
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")  # weight_norm's, which cannot be scripted
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".torch.jit.*is deprecated")
-        traced = torch.jit.trace(net, x)
+        made = torch.jit.trace(net, x) if how == "trace" else torch.jit.script(net)
         file = io.BytesIO()
-        torch.jit.save(traced, file)
+        torch.jit.save(made, file)
         file.seek(0)
         loaded = torch.jit.load(file)
     assert torch.equal(loaded(x), expected)
@@ -95,14 +97,16 @@ def test_the_newer_exporter_is_told_to_fold_in_both_of_its_attempts(training, st
                 torch.export.export(net, (x,), strict=strict)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_model_can_also_be_exported_as_it_is(training):
-    """For training on another machine that has fastsn: two ops, whatever the number of layers."""
+def test_a_model_can_also_be_exported_as_it_is(training, fused):
+    """For training on another machine that has fastsn: two ops, whatever the number of layers; each has two of its own
+    where they are not fused."""
     needs_kernels()
-    net, x = fastsn.fuse(network()).train(training), batch()
+    net, x = (fastsn.fuse(network()) if fused else network()).train(training), batch()
     twin = copy.deepcopy(net)
     program = torch.export.export(net, (x,))
     names = [str(node.target) for node in program.graph.nodes if "fastsn" in str(node.target)]
-    assert len(names) == 2
+    assert len(names) == (2 if fused else 10)  # a layer of five uses is used twice
     for _ in range(2):  # the exported program moves u and v too
         torch.testing.assert_close(program.module()(x), twin(x))

@@ -144,13 +144,19 @@ def digit_store():
     return memory_store("digits", images, found.target)
 
 
-def test_digit_scores_tell_digits_from_worse_digits_from_noise(digit_store, tmp_path):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for the classifier of these digits, trained by whoever asks first."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_digit_scores_tell_digits_from_worse_digits_from_noise(digit_store, cache):
     order = np.random.RandomState(1).permutation(1797)
     real = torch.from_numpy(digit_store.read(order)).permute(0, 3, 1, 2)
     noise = torch.randint(0, 256, real.shape, dtype=torch.uint8)
     blurred = nn.functional.avg_pool2d(real.float(), 3, 1, 1).to(torch.uint8)
     protocol = dataclasses.replace(protocols.find("digits"), fakes=1500, score_fakes=1500)
-    judge = Evaluator(digit_store, protocol, CPU, None, tmp_path, 500)
+    judge = Evaluator(digit_store, protocol, CPU, None, cache, 500)
     found = [judge(lambda first, count, x=x: to_float(x[first : first + count])) for x in (real, blurred, noise, real)]
     assert found[0].fid < 1
     assert min(found[1].fid, found[2].fid) > 10
@@ -160,10 +166,10 @@ def test_digit_scores_tell_digits_from_worse_digits_from_noise(digit_store, tmp_
     assert found[0].protocol == "digits-1797r-1500f"
 
 
-def test_the_digit_classifier_is_over_97_percent_right_and_always_the_same(digit_store, tmp_path):
+def test_the_digit_classifier_is_over_97_percent_right_and_always_the_same(digit_store, cache):
     scale, before = protocols.find("digits").scale, torch.get_rng_state()
     net, accuracy = digits.train_digit_classifier(digit_store, scale)
-    cached = [digits.digit_classifier(digit_store, scale, tmp_path) for _ in range(2)]
+    cached = [digits.digit_classifier(digit_store, scale, cache) for _ in range(2)]
     assert accuracy > 0.97
     assert torch.equal(torch.get_rng_state(), before)
     assert cached[0].checksum == cached[1].checksum == features.with_checksum(net).checksum

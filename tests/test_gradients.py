@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastsn
+from dispatched import needs_kernels
 from fastsn import reference, views
 from shapes import TABLE, Case
 
@@ -72,9 +74,11 @@ def test_the_gradient_is_the_closed_form(case, prefix):
     scale = nn.Parameter(torch.tensor(1.7, dtype=torch.float64)) if free else 1.0
     layer = case.build(prefix, dtype=torch.float64, scale=scale)
     c = float(scale.detach()) if free else 1.0
+    version = layer.weight._version
     normalized, _ = layer.normalized()
     upstream = torch.randn_like(normalized)
     normalized.backward(upstream)
+    assert layer.weight._version == version  # it was not written
 
     norm = layer.spectral_norm
     dim = norm.dim
@@ -89,6 +93,22 @@ def test_the_gradient_is_the_closed_form(case, prefix):
     torch.testing.assert_close(views.as_oik(layer.weight.grad, dim), expected.detach(), rtol=1e-9, atol=1e-12)
     if free:
         torch.testing.assert_close(scale.grad, (inner / c).detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["sn", "bssn"])
+@pytest.mark.parametrize("kind", ["complex", "channels_last"])
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_finite_differences_confirm_both_orders_of_a_norm_in_evaluation(kind, variant, impl):
+    """Where u and v stand still for finite differences too."""
+    if kind == "complex":
+        layer = nn.Linear(3, 2, dtype=torch.complex128)
+    else:
+        layer = nn.Conv2d(2, 3, (2, 1)).double().to(memory_format=torch.channels_last)
+    fastsn.spectral_norm(layer, variant=variant, scale=1.0 if variant == "sn" else 1.4, impl=impl)
+    norm, chain = layer.eval().parametrizations.weight[0], layer.parametrizations.weight
+    weight = chain.original.detach().requires_grad_()
+    assert gradcheck(lambda w: norm(w) * norm(w).sin(), weight)
+    assert gradgradcheck(lambda w: norm(w) * norm(w).sin(), weight)
 
 
 def test_through_the_iteration_is_another_gradient_until_it_converges():
@@ -109,9 +129,27 @@ def test_through_the_iteration_is_another_gradient_until_it_converges():
         assert torch.allclose(through, fixed_uv, rtol=1e-6, atol=1e-8) == agree
 
 
-def test_two_forwards_one_backward_with_evaluation_between():
+@pytest.mark.parametrize("kind", ["layer", "drop-in", "step"])
+def test_a_backward_after_the_optimizer_has_stepped_is_that_of_the_forward(kind):
+    """torch's spectral_norm raises here."""
+    needs_kernels()  # the reference needs the weight itself for the gradient, like torch's
+    layer = fastsn.BSSNConv2d(2, 3, 3, scale=1.3) if kind == "layer" else fastsn.spectral_norm(nn.Conv2d(2, 3, 3))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    with fastsn.step(layer) if kind == "step" else nullcontext():
+        loss = layer(torch.randn(2, 2, 5, 5)).square().sum()
+    loss.backward(retain_graph=True)
+    expected = [p.grad.clone() for p in layer.parameters()]
+    optimizer.step()
+    optimizer.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(layer.parameters(), expected, strict=True))
+    assert expected[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_two_forwards_one_backward_with_evaluation_between(impl):
     """Later uses move u and v; the gradient of an earlier one must not notice."""
-    layer = fastsn.BSSNConv2d(2, 3, 3, scale=1.2)
+    layer = fastsn.BSSNConv2d(2, 3, 3, scale=1.2, impl=impl)
     layer.weight.data.normal_()
     twin = copy.deepcopy(layer)
     x, y = torch.randn(2, 1, 2, 4, 4)

@@ -7,8 +7,6 @@ import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
 from gan import checkpoint, pictures
 from gan.loop import REQUEUE
 from gan.outputs import Outputs
@@ -30,25 +29,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def command(args: list[str], **options: object) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *args], **{**pipes, **options})
-
-
 def test_killed_and_asked_to_stop_and_resumed_equals_never_stopped(tmp_path, classifier_cache):
     """SIGKILL at a moment that no checkpoint was waiting for, then SIGUSR1, which leaves one."""
     whole = tiny(tmp_path, classifier_cache, "whole", **LONG)
     args = [*arguments(tmp_path, "stopped", **LONG), "--resume"]
     stopped = tmp_path / "stopped"
     for number, status, rows_to_see in ((signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGUSR1, REQUEUE, 5)):
-        with command(args) as process:
-            deadline = time.monotonic() + 120
-            while not (stopped / "metrics.csv").exists() or len(rows(stopped)) < rows_to_see:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-            process.send_signal(number)
-            assert process.wait() == status
+        process = forked.script(args, tmp_path / "errors")
+        deadline = time.monotonic() + 120
+        while not (stopped / "metrics.csv").exists() or len(rows(stopped)) < rows_to_see:
+            assert process.exitcode is None, (tmp_path / "errors").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == status
         assert len(rows(stopped)) < len(rows(whole))
     log = (stopped / "worker.log").read_text()
     assert "stopped by SIGUSR1 at step" in log
@@ -230,20 +225,24 @@ def test_a_full_disk_is_an_error_and_leaves_the_previous_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def run_to_failure(args: list[str], **options: object) -> str:
-    with command(args, **options) as process:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 1, errors
-    assert "Traceback" not in errors
-    return errors.strip().splitlines()[-1]
+@pytest.fixture
+def errors(tmp_path_factory) -> Path:
+    """A file outside of the folder of runs."""
+    return tmp_path_factory.mktemp("errors") / "errors"
+
+
+def run_to_failure(args: list[str], errors: Path, largest_file: int | None = None) -> str:
+    process = forked.script(args, errors, largest_file)
+    process.join(120)
+    said = errors.read_text()
+    assert process.exitcode == 1, said
+    assert "Traceback" not in said
+    return said.strip().splitlines()[-1]
 
 
 def test_the_command_line_says_what_is_full_in_one_line(tmp_path, classifier_cache):
     share_classifier(classifier_cache, tmp_path)
-    last = run_to_failure(
-        arguments(tmp_path, "a", width=0.2),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )
+    last = run_to_failure(arguments(tmp_path, "a", width=0.2), tmp_path / "errors", 60_000)
     assert last.startswith("error: ")
     assert "weights/last.safetensors: File too large" in last
     assert len(rows(tmp_path / "a")) == 1
@@ -287,7 +286,7 @@ def write_until_full(outputs: Outputs, write: Callable[[Outputs], None]) -> None
 
 
 @pytest.mark.parametrize("kind", ["a file", "a system folder", "read-only"])
-def test_the_command_line_says_what_cannot_be_written_in_one_line(tmp_path, kind):
+def test_the_command_line_says_what_cannot_be_written_in_one_line(tmp_path, errors, kind):
     folder = Path("/proc/runs") if kind == "a system folder" else tmp_path / "runs"
     if kind == "a file":
         folder.write_text("")
@@ -295,11 +294,12 @@ def test_the_command_line_says_what_cannot_be_written_in_one_line(tmp_path, kind
         if os.geteuid() == 0:
             pytest.skip("root may write everywhere")
         folder.mkdir(mode=0o555)
-    last = run_to_failure(arguments(folder, "a"))
+    last = run_to_failure(arguments(folder, "a"), errors)
     assert last.startswith("error: ")
     assert f"cannot write {folder}/a/config.json: " in last
 
 
-def test_the_command_line_refuses_mistakes_in_one_line(tmp_path):
-    assert "batch_size must be at most the 1797 images" in run_to_failure(arguments(tmp_path, "a", batch_size=2000))
+def test_the_command_line_refuses_mistakes_in_one_line(tmp_path, errors):
+    last = run_to_failure(arguments(tmp_path, "a", batch_size=2000), errors)
+    assert "batch_size must be at most the 1797 images" in last
     assert list(tmp_path.iterdir()) == []

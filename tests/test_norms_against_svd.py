@@ -126,6 +126,38 @@ def test_the_last_channel_convolution_is_named_from_the_output_side():
     assert a.sigma_in == pytest.approx(b.sigma_in, rel=1e-6)
 
 
+def operator(weight: Tensor, size: int) -> Tensor:
+    """The matrix of the convolution on images of this size, zeros around them: a column for each pixel of the input."""
+    inputs = torch.eye(weight.shape[1] * size * size, dtype=weight.dtype).view(-1, weight.shape[1], size, size)
+    return nn.functional.conv2d(inputs, weight, padding=weight.shape[-1] - 1).flatten(1).t()
+
+
+@pytest.mark.parametrize("variant", ["sn", "bsn"])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_the_norms_of_the_reshapes_bound_that_of_the_convolution(variant, kernel):
+    """max(σ_out, σ_in) <= the operator's norm <= sqrt(K) · min(σ_out, σ_in) for K kernel positions; so the operator's
+    norm is at least 1 after normalization, and not 1 unless K is."""
+    layer = fastsn.spectral_norm(nn.Conv2d(2, 3, kernel, dtype=torch.float64), n_power_iterations=500, variant=variant)
+    weight = layer.weight.detach()
+    out, into = top(weight.flatten(1)), top(weight.transpose(0, 1).flatten(1))
+    assert (out if variant == "sn" else (out + into) / 2) == pytest.approx(1, rel=1e-6)
+    found = top(operator(weight, 5))
+    assert max(out, into) <= found * (1 + 1e-9)
+    assert found <= kernel * min(out, into) * (1 + 1e-9)
+    assert (found > 1.01) == (kernel > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("variant", ["sn", "bsn"])
+def test_complex_weights(dtype, variant):
+    layer = fastsn.spectral_norm(nn.Conv1d(4, 5, 3, dtype=dtype), n_power_iterations=300, variant=variant)
+    w = layer.parametrizations.weight.original.detach()
+    out, into = top(w.flatten(1)), top(w.transpose(0, 1).flatten(1))
+    tolerance = 1e-5 if dtype == torch.complex64 else 1e-9
+    expected = w / (out if variant == "sn" else (out + into) / 2)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_sigma_follows_a_changing_weight_in_training_and_stays_in_evaluation():
     layer = fastsn.SNLinear(20, 30)
     layer.weight.data = torch.randn(30, 20)

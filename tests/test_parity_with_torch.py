@@ -80,6 +80,18 @@ def test_60_training_steps_of_a_discriminator_equal_torchs(optimizer, impl):
         assert_same_state(theirs, ours, f"step {step}")
 
 
+def test_three_forwards_and_a_gradient_penalty_before_one_backward():
+    x, found = torch.randn(4, 6, dtype=torch.float64), []
+    for wrap in WRAPPERS.values():
+        torch.manual_seed(7)
+        model = nn.Sequential(wrap(nn.Linear(6, 5, dtype=x.dtype)), nn.Tanh(), wrap(nn.Linear(5, 2, dtype=x.dtype)))
+        points = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        (model(x).sum() + model(-x).square().sum() + slope.square().sum()).backward()
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", TABLE, ids=str)
 def test_same_seed_same_bits(case, impl):
     """Draws, 15 + 1 iterations at registration, then training and evaluation."""

@@ -12,7 +12,6 @@ from torch import nn
 
 import digits
 import fastsn
-import gan_rank_jobs as jobs
 from gan import probes
 from gan.training import Training
 from tiny_runs import TINY, rows, tiny
@@ -94,10 +93,3 @@ def test_probes_are_logged_where_they_are_asked_for_and_change_nothing(tmp_path,
         kept = [tag for tag in without if not tag.startswith(("time/", "images_per_s", "memory/"))]
         assert [without[tag] for tag in kept] == [with_probes[tag] for tag in kept]
         assert all(with_probes[tag] > 0 for tag in added)
-
-
-def test_two_ranks_log_what_one_process_does(two):
-    changes = {"norm": "bssn", "scale": 1.3, "n_dis": 2}
-    first, second = two(jobs.measured, changes, 3)
-    assert first == second
-    assert first == pytest.approx(jobs.measured(0, changes, 3), rel=1e-9)

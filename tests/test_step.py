@@ -8,10 +8,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastsn
+from dispatched import Counted, needs_kernels
 from networks import batch, moved, network, state
 
 
@@ -28,6 +29,47 @@ def test_a_step_iterates_once_and_serves_the_same_weight_to_every_use():
         pass
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), once.buffers(), strict=True))
     assert layer.normalized()[0] is not layer.normalized()[0]  # outside, every use is its own
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_a_step_asks_torch_for_no_op_however_many_layers_there_are(count):
+    needs_kernels()  # the reference is made of torch's
+    net = nn.Sequential(*(fastsn.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)) for _ in range(count)))
+    net(torch.randn(1, 4, 5, 5))
+    with Counted("aten") as rest, fastsn.step(net):
+        pass
+    assert set(rest.names) <= {"detach"}
+
+
+class Loop(nn.GRUCell):
+    def forward(self, xs: Tensor) -> Tensor:
+        h = xs.new_zeros(1, self.hidden_size)
+        for x in xs:
+            h = super().forward(x, h)
+        return h
+
+
+SEVERAL_ACCESSES = {
+    "attention": lambda: (nn.MultiheadAttention(8, 2), "in_proj_weight", (torch.randn(3, 1, 8),) * 3, 3),
+    "LSTM": lambda: (nn.LSTM(4, 5), "weight_hh_l0", (torch.randn(6, 1, 4),), 4),
+    "loop": lambda: (Loop(4, 5), "weight_hh", (torch.randn(6, 1, 4),), 6),
+}
+
+
+@pytest.mark.parametrize("make", SEVERAL_ACCESSES.values(), ids=SEVERAL_ACCESSES)
+@pytest.mark.parametrize("scope", ["none", "step", "fuse", "cached"])
+def test_a_scope_iterates_once_for_all_accesses_in_a_forward(make, scope):
+    """Without one every access iterates, as in torch."""
+    module, name, inputs, accesses = make()
+    fastsn.spectral_norm(module, name)
+    if scope == "fuse":
+        fastsn.fuse(module)
+    scopes = {"step": lambda: fastsn.step(module), "cached": parametrize.cached}
+    with Counted() as counted, scopes.get(scope, nullcontext)():
+        module(*inputs)
+        module(*inputs)
+    iterations = {"none": 2 * accesses, "fuse": 2, "cached": 1, "step": 1}[scope]
+    assert counted.names.count("power_iteration_") == iterations
 
 
 def test_a_step_is_one_forward_of_each_layer_used_once():

@@ -45,11 +45,11 @@ TRAININGS = {
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_two_ranks_are_one_process(two, tmp_path, name):
-    """Weights, u, v, statistics, optimizers and losses, after 20 steps in float64."""
+    """Weights, u, v, statistics, optimizers and losses, after 8 steps in float64."""
     changes, classes = TRAININGS[name]
-    (losses, first), (_, second) = two(jobs.stepped, changes, classes, tmp_path / "two", 20)
+    (losses, first), (_, second) = two(jobs.stepped, changes, classes, tmp_path / "two", 8)
     assert first == second
-    expected, _ = jobs.stepped(0, changes, classes, tmp_path / "one", 20)
+    expected, _ = jobs.stepped(0, changes, classes, tmp_path / "one", 8)
     assert losses == pytest.approx(expected, rel=1e-9, abs=1e-9)
     found, alone = (torch.load(tmp_path / which) for which in ("two", "one"))
     torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
@@ -116,3 +116,10 @@ def test_what_two_processes_cannot_divide(two, tmp_path, changes, said):
 def test_a_batch_norm_group_may_span_ranks(two):
     """Loss of rank r is (r + 1) mean; the sum over ranks has the derivative (1 + 2) / 2."""
     assert two(jobs.group_means, 1) == [[0.5, 1.5], [0.5, 1.5]]
+
+
+def test_two_ranks_log_what_one_process_does(two):
+    changes = {"norm": "bssn", "scale": 1.3, "n_dis": 2}
+    first, second = two(jobs.measured, changes, 3)
+    assert first == second
+    assert first == pytest.approx(jobs.measured(0, changes, 3), rel=1e-9)

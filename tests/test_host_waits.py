@@ -1,4 +1,4 @@
-"""What users of spectral norms suffer from, row by row: several processes, and graphs that a GPU replays."""
+"""A step brings no number to the host, which would wait for the device there and end the capture of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,42 +9,8 @@ import torch
 from torch import nn
 
 import fastsn
-import rank_jobs
-import user_jobs
 from dispatched import SYNCS, Counted
 from op_calls import call
-
-
-@pytest.mark.parametrize("broadcast_buffers", [True, False])
-def test_row_19_ddp_with_evaluation_between_two_forwards(two, broadcast_buffers):
-    two(user_jobs.mixed_modes, broadcast_buffers)
-
-
-@pytest.mark.parametrize("broadcast_buffers", [True, False])
-def test_row_19_ddp_with_two_forwards_and_optimizer_steps(two, broadcast_buffers):
-    two(rank_jobs.gradients, {"broadcast_buffers": broadcast_buffers}, "no")
-
-
-def test_row_20_after_sync_ranks_of_other_seeds_have_the_same_bits(two):
-    first, second = two(user_jobs.other_seeds, True)
-    assert first == second
-    assert len(set(first)) == 50  # it trains
-    first, second = two(user_jobs.other_seeds, False)
-    assert not set(first) & set(second)
-
-
-def test_row_20_runs_are_repeatable_to_the_bit(two):
-    assert two(user_jobs.other_seeds, True) == two(user_jobs.other_seeds, True)
-
-
-def test_row_21_fsdp_trains_as_the_whole_model_and_shards_are_refused_by_name(two):
-    expected = "0 must be a whole tensor, got a sharded DTensor: gather it first, as FSDP's forward does"
-    assert two(user_jobs.a_sharded_step) == [expected] * 2
-
-
-def test_row_22_compiled_ddp(two):
-    two(rank_jobs.gradients, {"broadcast_buffers": False}, "no", "aot_eager")
-
 
 SCOPES = {
     "none": lambda _: nullcontext(),
@@ -67,8 +33,7 @@ def model(impl: str) -> nn.Sequential:
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("training", [True, False])
-def test_row_36_no_number_comes_to_the_host_in_a_step(training, scope, impl):
-    """A graph of a GPU cannot be captured where the host waits, nor where it decides by what it has seen."""
+def test_no_number_comes_to_the_host_in_a_step(training, scope, impl):
     net, x = model(impl).train(training), torch.randn(2, 2, 6, 6)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = [vector.clone() for vector in net.buffers()]
@@ -89,7 +54,7 @@ def test_row_36_no_number_comes_to_the_host_in_a_step(training, scope, impl):
 
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.filterwarnings("ignore")  # numpy's, in the interpreter
-def test_row_36_launching_the_kernels_of_a_gpu_asks_for_no_number():
+def test_launching_the_kernels_of_a_gpu_asks_for_no_number():
     from fastsn.triton import launch
 
     c = call([torch.randn(4, 3, 3), torch.randn(5, 6)], [0, 0], 3, "tensor")
@@ -102,7 +67,7 @@ def test_row_36_launching_the_kernels_of_a_gpu_asks_for_no_number():
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_row_36_vectors_stay_where_a_graph_would_replay_them(impl):
+def test_the_vectors_of_a_fused_model_stay_where_a_graph_would_replay_them(impl):
     net = fastsn.fuse(model(impl))
     pointers = [x.data_ptr() for x in net.buffers()]
     for training in (True, False, True):
