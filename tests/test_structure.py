@@ -20,10 +20,10 @@ ORDER = """
     ops ops.cuda ops.autograd ops.fallback ops.checks ops.schema backends origin checks interop.layouts views variants
     reference
     triton.launch triton.rescale_calls triton.iteration_calls triton.plan triton.memory triton.settings triton.rescale
-    triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement
+    triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement tensor_lists
     interop model triton
 """.split()  # noqa: SIM905 (a name per line would fill the screen)
-LEAVES = {"interop.layouts", "origin", "views", "variants", "reference", "interop", "model", "triton"}
+LEAVES = {"interop.layouts", "origin", "views", "variants", "reference", "tensor_lists", "interop", "model", "triton"}
 
 
 def module_name(path: Path) -> str:
