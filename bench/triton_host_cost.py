@@ -29,7 +29,7 @@ from torch import Tensor
 from workloads import WORKLOADS, build
 
 from fastsn import ops
-from fastsn.triton import memory, settings
+from fastsn.triton import memory
 from interpreted import kernels, launches_replaced
 from op_calls import call
 
@@ -113,16 +113,14 @@ def main() -> None:
         f"{'us':16}{'places':>8}"
         + "".join(f"{name:>18}" for name in ("power_iteration_", "rescale", "backward", "all"))
     )
-    with kernels(settings.DEFAULT):
-        for workload in (workload for workload in WORKLOADS if workload.name in NAMES):
-            weights = [layer.weight for layer in build(workload, torch.device("cpu"))]
+    for workload in (workload for workload in WORKLOADS if workload.name in NAMES):
+        weights = [layer.weight for layer in build(workload, torch.device("cpu"))]
+        with kernels():
             check(weights)
-            for new in (False, True):
-                with launches_replaced(), places(new):
-                    row = microseconds(weights)
-                print(
-                    f"{workload.name:16}{'new' if new else 'same':>8}" + "".join(f"{us:18.0f}" for us in row.values())
-                )
+        for new in (False, True):
+            with launches_replaced(), places(new):
+                row = microseconds(weights)
+            print(f"{workload.name:16}{'new' if new else 'same':>8}" + "".join(f"{us:18.0f}" for us in row.values()))
 
 
 if __name__ == "__main__":

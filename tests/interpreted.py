@@ -87,18 +87,21 @@ if hasattr(interpreter, "_get_np_dtype"):
 @contextmanager
 def kernels(own: settings.Settings = SMALL) -> Iterator[None]:
     """In the place of the C++ kernels, with these settings."""
-    before = settings._known.get(torch.device("cpu"))
-    settings.use(own, torch.device("cpu"))
-    library = torch.library.Library("fastsn", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that C++ is overridden
-        for name in gpu.KERNELS:
-            library.impl(name, _quiet(gpu.implementation(name, lambda _: True)), "CPU")
-    try:
+    with _in_place(own, _quiet):
         yield
-    finally:
-        library._destroy()
-        settings.use(before or settings.DEFAULT, torch.device("cpu"))
+
+
+@contextmanager
+def launches_replaced() -> Iterator[None]:
+    """The same with the default settings and launches that do nothing: results are left as they were allocated,
+    everything else is done."""
+    launched = {power_iteration: ("iterate", "reduce"), rescale: ("rescale", "inner_products", "gradient")}
+    with ExitStack() as stack:
+        for module, names in launched.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, _NoLaunch()))
+        stack.enter_context(_in_place(settings.DEFAULT, lambda run: run))
+        yield
 
 
 class _NoLaunch:
@@ -107,14 +110,19 @@ class _NoLaunch:
 
 
 @contextmanager
-def launches_replaced() -> Iterator[None]:
-    """Launches do nothing: results are left as they were allocated, everything else is done."""
-    launched = {power_iteration: ("iterate", "reduce"), rescale: ("rescale", "inner_products", "gradient")}
-    with ExitStack() as stack:
-        for module, names in launched.items():
-            for name in names:
-                stack.enter_context(mock.patch.object(module, name, _NoLaunch()))
+def _in_place(own: settings.Settings, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    before = settings._known.get(torch.device("cpu"))
+    settings.use(own, torch.device("cpu"))
+    library = torch.library.Library("fastsn", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that C++ is overridden
+        for name in gpu.KERNELS:
+            library.impl(name, around(gpu.implementation(name, lambda _: True)), "CPU")
+    try:
         yield
+    finally:
+        library._destroy()
+        settings.use(before or settings.DEFAULT, torch.device("cpu"))
 
 
 def _quiet(run: Callable[..., Any]) -> Callable[..., Any]:

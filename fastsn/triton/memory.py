@@ -6,7 +6,7 @@ and what a graph has seen must stay where it is for as long as the graph lives.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +82,8 @@ class Tables:
     that a graph has seen for good."""
 
     def __init__(self, numbers: Sequence[int | Address]) -> None:
-        self._known: OrderedDict[Hashable, Sent] = OrderedDict()
+        self._known: dict[Hashable, Sent] = {}
+        self._lock = threading.Lock()  # to free a tensor lets other threads run
         self._numbers = host([0 if isinstance(x, Address) else x for x in numbers])
         self._tensors = host([1 + x.of if isinstance(x, Address) else 0 for x in numbers])
 
@@ -94,9 +95,10 @@ class Tables:
             table = Sent(self._numbers + where[self._tensors], at)
             if at.capturing:  # lies in the graph's own memory, and is filled only when that runs
                 return table.tensor
-            self._known[places] = table
-            while len(self._known) > _TABLES:
-                self._known.popitem(last=False)
+            with self._lock:
+                self._known[places] = table
+                while len(self._known) > _TABLES:
+                    self._known.pop(next(iter(self._known)))
         keep(table, at)
         return table.here(at)
 
