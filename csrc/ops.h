@@ -31,4 +31,11 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rescale_backward(
 // Gives the memory of results that nobody holds any more back to the system; returns how many bytes.
 int64_t release_memory();
 
+// For the Triton kernels. What tensors look like (shapes, strides, dtypes, devices, alignment to 16 bytes, whether they
+// were made in inference mode), and where they lie: two numbers, the same for the same and never for anything else.
+std::tuple<int64_t, int64_t> identify(at::TensorList tensors);
+
+// torch.empty_like of every tensor, in these dtypes, and the number of where they lie.
+std::tuple<std::vector<at::Tensor>, int64_t> allocate(at::TensorList like, at::IntArrayRef dtypes);
+
 }  // namespace fastsn

@@ -204,6 +204,8 @@ std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::T
 TORCH_LIBRARY_FRAGMENT(fastsn, m) {
   m.def("_instruction_set() -> str", [] { return std::string(fastsn::instruction_set()); });
   m.def("_release_memory() -> int", &fastsn::release_memory);
+  m.def("_identify(Tensor[] tensors) -> (int, int)", &fastsn::identify);
+  m.def("_allocate(Tensor[] like, int[] dtypes) -> (Tensor[], int)", &fastsn::allocate);
 }
 
 TORCH_LIBRARY_IMPL(fastsn, CPU, m) {

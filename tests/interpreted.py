@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from fastsn.ops import cuda as gpu
-from fastsn.triton import settings
+from fastsn.triton import power_iteration, rescale, settings
 
 # Tiles so small that weights of a test have several blocks, columns, chunks and groups.
 SMALL = settings.Settings(
@@ -86,13 +87,37 @@ if hasattr(interpreter, "_get_np_dtype"):
 @contextmanager
 def kernels(own: settings.Settings = SMALL) -> Iterator[None]:
     """In the place of the C++ kernels, with these settings."""
+    with _in_place(own, _quiet):
+        yield
+
+
+@contextmanager
+def launches_replaced() -> Iterator[None]:
+    """The same with the default settings and launches that do nothing: results are left as they were allocated,
+    everything else is done."""
+    launched = {power_iteration: ("iterate", "reduce"), rescale: ("rescale", "inner_products", "gradient")}
+    with ExitStack() as stack:
+        for module, names in launched.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, _NoLaunch()))
+        stack.enter_context(_in_place(settings.DEFAULT, lambda run: run))
+        yield
+
+
+class _NoLaunch:
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+@contextmanager
+def _in_place(own: settings.Settings, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     before = settings._known.get(torch.device("cpu"))
     settings.use(own, torch.device("cpu"))
     library = torch.library.Library("fastsn", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that C++ is overridden
         for name in gpu.KERNELS:
-            library.impl(name, _quiet(gpu.implementation(name, lambda _: True)), "CPU")
+            library.impl(name, around(gpu.implementation(name, lambda _: True)), "CPU")
     try:
         yield
     finally:

@@ -30,7 +30,6 @@ KERNELS = {
     power_iteration: ("iterate", "reduce"),
     rescale: ("rescale", "inner_products", "gradient"),
 }
-PLANS = (iteration_calls.Plan, rescale_calls._Forward, rescale_calls._Backward)
 ORDERS: dict[str, Callable[[list[int]], list[int]]] = {
     "plain": lambda programs: programs,
     "reverse": lambda programs: programs[::-1],
@@ -80,7 +79,7 @@ class RaceChecker:
         patches += [(type(BUILDER), "create_atomic_rmw", self._atomic), (iteration_calls.Plan, "run", self._run)]
         patches += [(type(BUILDER), "set_grid_dim", self._grid(ORDERS[order]))]
         patches += [(type(BUILDER), "set_grid_idx", self._next_program)]
-        patches += [(plan, "rows", self._rows) for plan in PLANS]
+        patches += [(memory.Tables, "get", self._table)]
         with ExitStack() as stack:
             for owner, name, around in patches:
                 stack.enter_context(_patched(owner, name, around))
@@ -132,9 +131,9 @@ class RaceChecker:
             self._extents[begin] = max(begin + size, self._extents.get(begin, 0))
             self._sorted = None
 
-    def _rows(self, original: Callable[..., Any], plan: Any, *tensors: Any) -> Any:
-        self.know(*tensors)
-        return original(plan, *tensors)
+    def _table(self, original: Callable[..., Any], tables: memory.Tables, places: Any, *rest: Any) -> Any:
+        self.know(*rest)
+        return original(tables, places, *rest)
 
     def _run(self, original: Callable[..., Any], plan: iteration_calls.Plan, *arguments: Any) -> Any:
         self._plan = plan

@@ -20,10 +20,10 @@ ORDER = """
     recomputation normalize ops ops.cuda ops.autograd ops.fallback ops.checks ops.schema backends origin checks
     interop.state_dict_layouts torch_private views variants reference
     triton.launch triton.rescale_calls triton.iteration_calls triton.plan triton.memory triton.settings triton.rescale
-    triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement
+    triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement tensor_lists
     interop model triton
 """.split()  # noqa: SIM905 (a name per line would fill the screen)
-LEAVES = {"interop.state_dict_layouts", "torch_private", "origin", "views", "variants", "reference"}
+LEAVES = {"interop.state_dict_layouts", "torch_private", "origin", "tensor_lists", "views", "variants", "reference"}
 LEAVES |= {"interop", "model", "triton"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,27 +13,29 @@ from torch import Tensor
 from fastsn.backends import triton
 from fastsn.ops import checks, fallback
 from fastsn.ops.schema import DTYPE_CODES, LIBRARY
+from fastsn.tensor_lists import identify
 
-_KNOWN = 1024  # lists of arguments that are remembered
+_KNOWN = 1024  # kinds of calls that are remembered
 _ELEMENTS, _POSITIONS = 1 << 31, 2048  # beyond which the reference serves
 _prepared: dict[Any, Callable[..., Any]] = {}  # what serves them
 
 
 class Kernel(NamedTuple):
-    """Of an op: what checks its arguments, what serves the tensors that the kernel does not, and where among the
-    arguments the weights and the scales are."""
+    """Of an op: what checks its arguments, what serves the tensors that the kernel does not, how many of the arguments
+    are tensors or lists of them (they come first), and where among them the weights and the scales are."""
 
     check: Callable[..., Any]
     plain: Callable[..., Any]
+    tensors: int
     weights_at: int = 0
     scales_at: int | None = None
 
 
 KERNELS = {
-    "power_iteration": Kernel(checks.check_iteration, fallback.power_iteration),
-    "power_iteration_": Kernel(checks.check_iteration, fallback.power_iteration_),
-    "rescale": Kernel(checks.check_rescale, fallback.rescale, scales_at=1),
-    "rescale_backward": Kernel(checks.check_backward, fallback.rescale_backward, weights_at=2, scales_at=3),
+    "power_iteration": Kernel(checks.check_iteration, fallback.power_iteration, 3),
+    "power_iteration_": Kernel(checks.check_iteration, fallback.power_iteration_, 3),
+    "rescale": Kernel(checks.check_rescale, fallback.rescale, 4, scales_at=1),
+    "rescale_backward": Kernel(checks.check_backward, fallback.rescale_backward, 6, weights_at=2, scales_at=3),
 }
 
 
@@ -56,20 +58,38 @@ def implementation(name: str, served: Callable[[torch.device], bool]) -> Callabl
         if not weights or not served(weights[0].device):
             return kernel.plain(*arguments)
         try:
-            key = (name, tuple([_signature(argument) for argument in arguments]))
+            kind, places = _recognized(name, arguments, kernel.tensors)
         except RuntimeError:  # no strides, or no storage
             kernel.check(*arguments)
             raise
         with _on(weights[0].device):
-            ready = _prepared.get(key)
+            ready = _prepared.get(kind)
             if ready is None:
                 ready = _prepare(name, arguments)
                 if len(_prepared) >= _KNOWN:
                     _prepared.clear()
-                _prepared[key] = ready
-            return ready(*arguments)
+                _prepared[kind] = ready
+            return ready(places, *arguments)
 
     return run
+
+
+def _recognized(name: str, arguments: tuple[Any, ...], tensors: int) -> tuple[Hashable, Hashable]:
+    """All that it depends on how an op is run, and a key of where the tensors of its lists lie. The first ``tensors``
+    arguments are tensors or lists of them. Raises RuntimeError for a tensor without strides or storage."""
+    kind: list[Any] = [name]
+    listed: list[Tensor] = []
+    for argument in arguments[:tensors]:
+        if isinstance(argument, Tensor):
+            kind.append((argument.shape, argument.stride(), argument.dtype, argument.device))
+        elif argument is None:
+            kind.append(None)
+        else:
+            kind.append(len(argument))
+            listed += argument
+    layout, places = identify(listed)
+    kind += [layout, *(tuple(x) if isinstance(x, list) else x for x in arguments[tensors:])]
+    return tuple(kind), places
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -92,7 +112,7 @@ def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
     wide = isinstance(arguments[-1], list | tuple) and DTYPE_CODES[torch.float64] in arguments[-1]
     wide = wide or any(x.dtype == torch.float64 for x in tensors)
     if wide or any(_too_large(w) for w in arguments[kernel.weights_at]):
-        return kernel.plain
+        return lambda _, *arguments: kernel.plain(*arguments)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a step must have run once, as it is, before it is captured into a CUDA graph")
     launch = importlib.import_module("fastsn.triton.launch")
@@ -105,15 +125,6 @@ def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
 def _too_large(weight: Tensor) -> bool:
     """Kernels count the elements of a row in 32 bits, and go through all positions of a kernel at once."""
     return weight.numel() >= _ELEMENTS or weight.numel() // (weight.shape[0] * weight.shape[1]) > _POSITIONS
-
-
-def _signature(argument: Any) -> Any:
-    """All that it depends on how an op is run. Raises RuntimeError for a tensor without strides."""
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device, argument.data_ptr() & 15
-    if isinstance(argument, list | tuple):
-        return tuple([_signature(x) if isinstance(x, Tensor) else x for x in argument])
-    return argument
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsn.tensor_lists import addresses
 from fastsn.triton import memory
 from fastsn.triton import power_iteration as kernels
 from fastsn.triton.arrangement import arranged
@@ -22,6 +23,8 @@ _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULA
 def prepared(
     store: bool,
     weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
     dims: Sequence[int],
     view_masks: Sequence[int],
     v_first: Sequence[int],
@@ -34,23 +37,27 @@ def prepared(
     described_all = tuple(weight for _, weight in placed)
     plan = _plan(described_all, tuple(view_masks), tuple(v_first), device, n == 0, current(device))
     where_they_are = all(place is w for w, (place, _) in zip(weights, placed, strict=True))
+    where_they_are = where_they_are and all(x.is_contiguous() for x in (*u, *v))
+    store = store and n > 0
+    made_in_inference_mode = [i for i, pair in enumerate(zip(u, v, strict=True)) if any(x.is_inference() for x in pair)]
 
-    def run(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
-        stored = [*u, *v] if store and n else []
-        if stored and not torch.is_inference_mode_enabled():
-            for i, x in enumerate(stored):
-                if x.is_inference():
-                    name = f"u[{i % len(u)}] or v[{i % len(u)}]"
-                    raise RuntimeError(f"{name} was made in inference mode and cannot be updated outside of it")
-        if not where_they_are:
-            weights = [arranged(w, dim)[0] for w, dim in zip(weights, dims, strict=True)]
+    def run(
+        places: Hashable, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        if store and not torch.is_inference_mode_enabled():
+            if made_in_inference_mode:
+                name = f"u[{made_in_inference_mode[0]}] or v[{made_in_inference_mode[0]}]"
+                raise RuntimeError(f"{name} was made in inference mode and cannot be updated outside of it")
+            torch.autograd.graph.increment_version((*u, *v))
+        if where_they_are:
+            return plan.run(places, weights, u, v, n, store)
+        weights = [arranged(w, dim)[0] for w, dim in zip(weights, dims, strict=True)]
         own_u, own_v = [x.contiguous() for x in u], [x.contiguous() for x in v]
-        results = plan.run(weights, own_u, own_v, n, store)
-        for given, own in zip(stored, (*own_u, *own_v), strict=False):
-            if own is not given:
-                given.copy_(own)
-        if not torch.is_inference_mode_enabled():
-            torch.autograd.graph.increment_version(stored)
+        results = plan.run(addresses(weights, own_u, own_v), weights, own_u, own_v, n, store)
+        if store:
+            for given, own in zip((*u, *v), (*own_u, *own_v), strict=True):
+                if own is not given:
+                    given.copy_(own)
         return results
 
     return run
@@ -69,7 +76,6 @@ class Plan:
         settings: Settings,
     ) -> None:
         self.device, self.weights, self.view_masks, self.settings = device, weights, view_masks, settings
-        self.tables = memory.Tables()
         self.tiles = [settings.tiles(w.arrangement, settings.tile) for w in weights]
         self.vectors = self.scratch = self.sigmas = 0
         self.places = [self._place(i) for i in range(len(weights))]
@@ -83,6 +89,11 @@ class Plan:
         self.phases = [phase for modes in passes for phase in self._phases(modes)]
         self.kinds = tuple(self._kinds.found)
         self.sent = [phase.sent(device) for phase in self.phases]
+        self.tables = memory.Tables(self._numbers())
+        # An option that only compilers for NVIDIA's GPUs have.
+        at_most = {"maxnreg": settings.registers} if device.type == "cuda" and not torch.version.hip else {}
+        self.by_rows = {"KINDS": self.kinds, **at_most}
+        self.options = {"FINISH": settings.finish, **settings.options(settings.warps)}
 
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
@@ -115,47 +126,48 @@ class Plan:
                 columns.add(i, tile, -1, mode, tiles)
         return [blocks, columns] if columns.programs else [blocks]
 
-    def rows(self, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> list[int]:
-        """The table."""
-        numbers: list[int] = []
-        pair = 0
-        for i, tensor in enumerate(weights):
-            a, place, views = self.weights[i].arrangement, self.places[i], {}
+    def _numbers(self) -> list[int | memory.Address]:
+        """The table, for the addresses of weights, u and v."""
+        numbers: list[int | memory.Address] = []
+        pair, pairs = len(self.weights), sum(bits.bit_count() for bits in self.view_masks)
+        for i, weight in enumerate(self.weights):
+            a, place = weight.arrangement, self.places[i]
+            views: dict[int, tuple[int | memory.Address, ...]] = {}
             for bit in (bit for bit in (1, 2) if self.view_masks[i] & bit):
-                views[bit] = (u[pair].data_ptr(), v[pair].data_ptr())
+                views[bit] = (memory.Address(pair), memory.Address(pair + pairs))
                 pair += 1
             rows, classes = (views.get(bit, (0, 0)) for bit in ((2, 1) if a.turned else (1, 2)))
             order = (1, 0) if a.turned else (0, 1)
-            numbers += [tensor.data_ptr(), a.stride, a.rows, a.b, a.k, self.tiles[i].blocks, place[6]]
+            numbers += [memory.Address(i), a.stride, a.rows, a.b, a.k, self.tiles[i].blocks, place[6]]
             numbers += [*(rows[j] for j in order), *(classes[j] for j in order), *place[:6]]
         return numbers
 
     def run(
-        self, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], n: int, store: bool
+        self,
+        places: Hashable,
+        weights: Sequence[Tensor],
+        u: Sequence[Tensor],
+        v: Sequence[Tensor],
+        n: int,
+        store: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Launch."""
-        device = self.device
-        memory.keep(self, device)
-        addresses = tuple([x.data_ptr() for x in (*weights, *u, *v)])
-        table = self.tables.get(addresses, lambda: self.rows(weights, u, v), device)
+        """Launch. ``places``: a key of where the tensors lie."""
+        device, now = self.device, memory.now(self.device)
+        memory.keep(self, now)
+        table = self.tables.get(places, (weights, u, v), now)
         sigma = torch.empty(self.sigmas, dtype=torch.float32, device=device)
         vectors = torch.empty(self.vectors, dtype=torch.float32, device=device)
         scratch = torch.empty(self.scratch, dtype=torch.float32, device=device)
-        shared = (vectors, sigma, scratch, memory.counters(len(weights), device))
-        keep = int(store and n > 0)
+        shared = (vectors, sigma, scratch, memory.counters(len(weights), now))
         for round_ in range(max(n, 1)):
             for phase, work in zip(self.phases, self.sent, strict=True):
-                arguments = (table, work.here(), *shared, int(round_ == 0), keep)
-                by_rows = phase.work[2] >= 0
-                kernel = kernels.iterate if by_rows else kernels.reduce
-                extra = {"KINDS": self.kinds, **self._at_most(self.settings.registers)} if by_rows else {}
-                options = self.settings.options(self.settings.warps)
-                kernel[(phase.programs,)](*arguments, **extra, FINISH=self.settings.finish, **options)
+                arguments = (table, work.here(now), *shared, int(round_ == 0), int(store))
+                grid = (phase.programs,)
+                if phase.work[2] >= 0:  # by rows
+                    kernels.iterate[grid](*arguments, **self.by_rows, **self.options)
+                else:
+                    kernels.reduce[grid](*arguments, **self.options)
         return sigma, vectors
-
-    def _at_most(self, registers: int) -> dict[str, int]:
-        """An option that only compilers for NVIDIA's GPUs have."""
-        return {"maxnreg": registers} if self.device.type == "cuda" and not torch.version.hip else {}
 
 
 _plan = lru_cache(maxsize=256)(Plan)

@@ -9,12 +9,14 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import triton.testing
 from torch import Tensor
 
+from fastsn.tensor_lists import addresses
 from fastsn.triton import iteration_calls, rescale_calls, settings
 from fastsn.triton.plan import Run
 from fastsn.triton.settings import Settings
@@ -34,14 +36,11 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 )
 
 
-# Of an op's arguments, what it is prepared for.
 _PREPARED: dict[str, Callable[..., Run]] = {
-    "power_iteration": lambda weights, _u, _v, *numbers: iteration_calls.prepared(False, weights, *numbers),
-    "power_iteration_": lambda weights, _u, _v, *numbers: iteration_calls.prepared(True, weights, *numbers),
-    "rescale": lambda weights, _scales, _sigma, _vectors, *numbers: rescale_calls.prepared_rescale(weights, *numbers),
-    "rescale_backward": lambda gradients, _g_sigma, bases, scales, _sigma, _vectors, *numbers: (
-        rescale_calls.prepared_rescale_backward(gradients, bases, scales, *numbers)
-    ),
+    "power_iteration": partial(iteration_calls.prepared, False),
+    "power_iteration_": partial(iteration_calls.prepared, True),
+    "rescale": rescale_calls.prepared_rescale,
+    "rescale_backward": rescale_calls.prepared_rescale_backward,
 }
 
 
@@ -53,7 +52,8 @@ def prepared(name: str, arguments: tuple[Any, ...]) -> Run:
 
 def call(name: str, *arguments: Any) -> Any:
     """The op, once."""
-    return prepared(name, arguments)(*arguments)
+    lists = [x for x in arguments if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
+    return prepared(name, arguments)(addresses(*lists), *arguments)
 
 
 def tune(weights: Sequence[Tensor] | None = None, measure: Callable[[Settings], float] | None = None) -> Settings:

@@ -6,9 +6,9 @@ and what a graph has seen must stay where it is for as long as the graph lives.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,30 +22,36 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 _arena: list[Tensor] = []
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+class Now(NamedTuple):
+    """Where a call's launches go: asked once a call, for asking costs as much as what depends on it."""
+
+    device: torch.device
+    stream: int
+    capturing: bool  # whether they go into a graph
+
+
+def now(device: torch.device) -> Now:
+    """For a call on the current stream."""
+    if device.type != "cuda":
+        return Now(device, 0, False)
+    return Now(device, torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing())
 
 
 class Sent:
     """Numbers on the device, sent there without waiting for it, for launches on any stream."""
 
-    def __init__(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> None:
-        host = torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever the default device is
-        self.tensor, self.stream, self.event = host, 0, None
-        if device.type == "cuda":
-            self.tensor = _captured(host, device) if capturing(device) else _uploaded(host, device)
-            self.stream = torch.cuda.current_stream(device).cuda_stream
-            self.event = None if capturing(device) else torch.cuda.current_stream(device).record_event()
+    def __init__(self, host: Tensor, at: Now) -> None:
+        self.tensor, self.stream, self.event = host, at.stream, None
+        if at.device.type == "cuda":
+            self.tensor = _captured(host, at.device) if at.capturing else _uploaded(host, at.device)
+            self.event = None if at.capturing else torch.cuda.current_stream(at.device).record_event()
 
-    def here(self) -> Tensor:
-        """For a launch on the current stream. In a capture, nothing is left to wait for: the step has run before."""
-        device = self.tensor.device
-        if self.event is not None and not capturing(device):
-            current = torch.cuda.current_stream(device)
-            if current.cuda_stream != self.stream:
-                current.wait_event(self.event)
-                self.tensor.record_stream(current)  # so that it is not freed while this launch reads it
+    def here(self, at: Now) -> Tensor:
+        """For a launch. In a capture, nothing is left to wait for: the step has run before."""
+        if self.event is not None and self.stream != at.stream and not at.capturing:
+            current = torch.cuda.current_stream(at.device)
+            current.wait_event(self.event)
+            self.tensor.record_stream(current)  # so that it is not freed while this launch reads it
         return self.tensor
 
 
@@ -65,41 +71,56 @@ def _captured(host: Tensor, device: torch.device) -> Tensor:
     return torch.empty_like(host, device=device).copy_(staging.copy_(host), non_blocking=True)
 
 
+class Address(NamedTuple):
+    """Among the numbers of a table: where a tensor of the call lies."""
+
+    of: int
+
+
 class Tables:
-    """Tables by the addresses in them: the newest are kept, and for good those that a graph has seen."""
+    """Tables that differ in nothing but addresses, by where the tensors of a call lie. The newest are kept, and those
+    that a graph has seen for good."""
 
-    def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, Sent] = OrderedDict()
+    def __init__(self, numbers: Sequence[int | Address]) -> None:
+        self._known: dict[Hashable, Sent] = {}
+        self._lock = threading.Lock()  # to free a tensor lets other threads run
+        self._numbers = host([0 if isinstance(x, Address) else x for x in numbers])
+        self._tensors = host([1 + x.of if isinstance(x, Address) else 0 for x in numbers])
 
-    def get(self, addresses: tuple[int, ...], rows: Callable[[], Sequence[int]], device: torch.device) -> Tensor:
-        """The table for these addresses; ``rows()`` gives its numbers where there is none."""
-        table = self._known.get(addresses)
+    def get(self, places: Hashable, tensors: Sequence[Sequence[Tensor]], at: Now) -> Tensor:
+        """The table for the tensors of these lists, one after the other; ``places``: a key of where they lie."""
+        table = self._known.get(places)
         if table is None:
-            table = Sent(rows(), device)
-            if capturing(device):  # lies in the graph's own memory, and is filled only when that runs
+            where = host([0, *(x.data_ptr() for each in tensors for x in each)])
+            table = Sent(self._numbers + where[self._tensors], at)
+            if at.capturing:  # lies in the graph's own memory, and is filled only when that runs
                 return table.tensor
-            self._known[addresses] = table
-            while len(self._known) > _TABLES:
-                self._known.popitem(last=False)
-        else:
-            keep(table, device)
-        return table.here()
+            with self._lock:
+                self._known[places] = table
+                while len(self._known) > _TABLES:
+                    self._known.pop(next(iter(self._known)))
+        keep(table, at)
+        return table.here(at)
 
 
-def counters(count: int, device: torch.device) -> Tensor:
+def counters(count: int, at: Now) -> Tensor:
     """At least ``count`` zeros, which every launch leaves as zeros: one set per stream, on which launches follow one
     another."""
-    if capturing(device):
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _counters.get((device, stream))
+    if at.capturing:
+        return torch.zeros(count, dtype=torch.int32, device=at.device)
+    found = _counters.get((at.device, at.stream))
     if found is None or found.numel() < count:
-        found = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device)
-        _counters[device, stream] = found
+        found = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=at.device)
+        _counters[at.device, at.stream] = found
     return found
 
 
-def keep(thing: Any, device: torch.device) -> None:
+def keep(thing: Any, at: Now) -> None:
     """Hold on to what a graph that is being captured will read."""
-    if capturing(device):
+    if at.capturing:
         _kept.append(thing)
+
+
+def host(numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers as a tensor that can be sent."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever the default device is

@@ -20,10 +20,8 @@ from fastsn.triton.arrangement import Arrangement, arranged
 from fastsn.triton.settings import Tiles, vector_width
 
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-DTYPES = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}  # the numbers of the ops
 
-
-Run = Callable[..., Any]  # an op, called as the op is
+Run = Callable[..., Any]  # an op, called with a key of where the tensors of its lists lie and then as the op is
 
 
 class Weight(NamedTuple):
@@ -78,7 +76,7 @@ class Launch:
 
     def sent(self, device: torch.device) -> memory.Sent:
         """The work list on the device."""
-        return memory.Sent(self.work, device, torch.int32)
+        return memory.Sent(memory.host(self.work, torch.int32), memory.now(device))
 
 
 def by_size(weights: Sequence[Weight]) -> list[int]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsn.tensor_lists import DTYPES, FLOAT32, addresses, allocate
 from fastsn.triton import memory
 from fastsn.triton import rescale as kernels
 from fastsn.triton.arrangement import arranged, arrangement
-from fastsn.triton.plan import DTYPES, TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
+from fastsn.triton.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
 from fastsn.triton.settings import Settings, current, vector_width
 
 _SETTLED = 1024  # chunks whose sums are added at a time
@@ -32,6 +33,9 @@ class Numbers(NamedTuple):
 
 def prepared_rescale(
     weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    _sigma: Tensor,
+    _vectors: Tensor,
     dims: Sequence[int],
     view_masks: Sequence[int],
     scale_index: Sequence[int],
@@ -40,24 +44,36 @@ def prepared_rescale(
 ) -> Run:
     """What gives ([W̄], mean sigma), as the op does, for lists of tensors like these."""
     placed = [described(w, dim, dense=True) for w, dim in zip(weights, dims, strict=True)]
-    numbers = Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes))
-    plan = _forward_plan(tuple(w for _, w in placed), numbers, weights[0].device, current(weights[0].device))
+    device, numbers = (
+        weights[0].device,
+        Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes)),
+    )
+    plan = _forward_plan(tuple(w for _, w in placed), numbers, len(scales), device, current(device))
     where_they_are = all(place is w for w, (place, _) in zip(weights, placed, strict=True))
+    as_they_are = where_they_are and _readable(scales, device)
 
-    def run(weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor, *_: Any) -> tuple[list[Tensor], Tensor]:
-        if where_they_are:
-            return plan.run(weights, scales, sigma)
-        places = [arranged(w, dim, dense=True)[0] for w, dim in zip(weights, dims, strict=True)]
-        results, mean = plan.run(places, scales, sigma)
-        return _as_given(results, places, weights, dims), mean
+    def run(
+        places: Hashable, weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor, *_: Any
+    ) -> tuple[list[Tensor], Tensor]:
+        if as_they_are:
+            return plan.run(places, weights, scales, sigma)
+        own, own_scales = (
+            [arranged(w, dim, dense=True)[0] for w, dim in zip(weights, dims, strict=True)],
+            plan.read(scales),
+        )
+        results, mean = plan.run(addresses(own, own_scales), own, own_scales, sigma)
+        return _as_given(results, own, weights, dims), mean
 
     return run
 
 
 def prepared_rescale_backward(
     gradients: Sequence[Tensor],
+    _grad_sigma: Tensor | None,
     bases: Sequence[Tensor],
     scales: Sequence[Tensor],
+    _sigma: Tensor,
+    _vectors: Tensor,
     dims: Sequence[int],
     view_masks: Sequence[int],
     scale_index: Sequence[int],
@@ -67,14 +83,17 @@ def prepared_rescale_backward(
     """What gives ([dW], [dscale]), as the op does, for lists of tensors like these."""
     placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
     beside = [_beside(*each) for each in zip(gradients, bases, placed, dims, strict=True)]
-    numbers = Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes))
+    device, numbers = (
+        bases[0].device,
+        Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes)),
+    )
     described_all = tuple(w for _, w in placed), tuple(g for _, g in beside)
-    device = bases[0].device
     plan = _backward_plan(*described_all, numbers, len(scales), device, current(device))
     found = zip((*bases, *gradients), (*placed, *beside), strict=True)
-    where_they_are = all(place is x for x, (place, _) in found)
+    as_they_are = all(place is x for x, (place, _) in found) and _readable(scales, device)
 
     def run(
+        places: Hashable,
         gradients: Sequence[Tensor],
         grad_sigma: Tensor | None,
         bases: Sequence[Tensor],
@@ -83,16 +102,21 @@ def prepared_rescale_backward(
         vectors: Tensor,
         *_: Any,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        places, given = bases, gradients
-        if not where_they_are:
-            placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
-            places = [place for place, _ in placed]
-            given = [_beside(*each)[0] for each in zip(gradients, bases, placed, dims, strict=True)]
-        results, d_scales = plan.run(places, given, grad_sigma, scales, sigma, vectors)
-        own = [d.to(scale.device, scale.dtype) for d, scale in zip(d_scales, scales, strict=True)]
-        return results if where_they_are else _as_given(results, places, bases, dims), own
+        if as_they_are:
+            return plan.run(places, gradients, grad_sigma, bases, scales, sigma, vectors)
+        placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
+        beside = [_beside(*each)[0] for each in zip(gradients, bases, placed, dims, strict=True)]
+        own, own_scales = [place for place, _ in placed], plan.read(scales)
+        places = addresses(beside, own, own_scales)
+        results, d_scales = plan.run(places, beside, grad_sigma, own, own_scales, sigma, vectors)
+        d_scales = [d.to(scale.device, scale.dtype) for d, scale in zip(d_scales, scales, strict=True)]
+        return _as_given(results, own, bases, dims), d_scales
 
     return run
+
+
+def _readable(scales: Sequence[Tensor], device: torch.device) -> bool:
+    return all(scale.device == device and scale.dtype == torch.float32 for scale in scales)
 
 
 def _as_given(
@@ -123,29 +147,31 @@ def _bits(x: float) -> int:
 
 
 class _Plan:
-    """What the tables of both directions have in common."""
+    """What both directions have in common."""
 
     def __init__(
         self,
         weights: Sequence[Weight],
         numbers: Numbers,
+        scales: int,
         device: torch.device,
         settings: Settings,
     ) -> None:
-        self.weights, self.numbers, self.device, self.settings = weights, numbers, device, settings
-        self.tables = memory.Tables()
+        self.weights, self.numbers, self.scales, self.device = weights, numbers, scales, device
+        self.settings, self.options = settings, settings.options(settings.rescale_warps)
 
-    def results(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Memory for W̄ or dW. Its rows come in the order of the weight's, without gaps, or ``like`` were a copy."""
-        codes = self.numbers.dtypes
-        return [torch.empty_like(x, dtype=DTYPES[code]) for x, code in zip(like, codes, strict=True)]
+    def read(self, scales: Sequence[Tensor]) -> list[Tensor]:
+        """Scales as the kernels read them."""
+        return [scale.to(self.device, torch.float32) for scale in scales]
 
-    def row(self, i: int, tensor: Tensor, result: Tensor, sigma: int, scales: Sequence[Tensor]) -> list[int]:
-        """The columns up to the scale's number."""
+    def row(self, i: int, tensor: int, scales: int, result: int, sigma: int) -> list[int | memory.Address]:
+        """The columns up to the scale's number. Of the tensors of a call, ``tensor`` is the number of W or W̄,
+        ``scales`` of the first scale and ``result`` of what is written."""
         a, at, views = self.weights[i].arrangement, self.numbers.scale_index[i], self.numbers.view_masks[i].bit_count()
-        scale = scales[at].data_ptr() if at >= 0 else 0
-        numbers = [tensor.data_ptr(), a.stride, a.rows, a.b, a.k, result.data_ptr(), sigma, views]
-        return [*numbers, _bits(self.numbers.scale_factor[i]), scale, at]
+        scale = memory.Address(scales + at) if at >= 0 else 0
+        found: list[int | memory.Address] = []
+        found += [memory.Address(tensor), a.stride, a.rows, a.b, a.k, memory.Address(result), sigma, views]
+        return [*found, _bits(self.numbers.scale_factor[i]), scale, at]
 
     def chunks(self, i: int) -> int:
         """Programs of the elementwise kernels."""
@@ -164,29 +190,31 @@ class _Forward(_Plan):
             for chunk in range(self.chunks(i)):
                 work.add(i, chunk, kind)
         self.work, self.programs, self.kinds = work.sent(self.device), work.programs, tuple(kinds.found)
+        self.tables = memory.Tables(self._numbers())
 
-    def rows(self, weights: Sequence[Tensor], results: Sequence[Tensor], scales: Sequence[Tensor]) -> list[int]:
-        """The table."""
-        numbers: list[int] = []
-        sigma = 0
+    def _numbers(self) -> list[int | memory.Address]:
+        """The table, for the addresses of weights, scales and results."""
+        numbers: list[int | memory.Address] = []
+        count, sigma = len(self.weights), 0
         unused = [0] * (kernels.COLUMNS.value - kernels.FLAT.value)
-        for i, tensor in enumerate(weights):
-            numbers += [*self.row(i, tensor, results[i], sigma, scales), *unused]
+        for i in range(count):
+            numbers += [*self.row(i, i, count, count + self.scales + i, sigma), *unused]
             sigma += self.numbers.view_masks[i].bit_count()
         return numbers
 
-    def run(self, weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Launch."""
-        device, settings = self.device, self.settings
-        memory.keep(self, device)
-        scales = [scale.to(device, torch.float32) for scale in scales]
-        results = self.results(weights)
-        addresses = tuple([x.data_ptr() for x in (*weights, *results, *scales)])
-        table = self.tables.get(addresses, lambda: self.rows(weights, results, scales), device)
-        mean = torch.empty(len(weights), dtype=torch.float32, device=device)
+    def run(
+        self, places: Hashable, weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Launch. ``places``: a key of where weights and scales lie. Rows of results come in the order of the weight's,
+        without gaps, or ``weights`` were copies."""
+        now = memory.now(self.device)
+        memory.keep(self, now)
+        results, place = allocate(weights, self.numbers.dtypes)
+        table = self.tables.get((places, place), (weights, scales, results), now)
+        mean = torch.empty(len(weights), dtype=torch.float32, device=self.device)
         kernels.rescale[(self.programs,)](
-            table, self.work.here(), sigma.contiguous(), mean,
-            KINDS=self.kinds, CHUNK=settings.chunk, STEP=settings.step, **settings.options(settings.rescale_warps),
+            table, self.work.here(now), sigma.contiguous(), mean,
+            KINDS=self.kinds, CHUNK=self.settings.chunk, STEP=self.settings.step, **self.options,
         )  # fmt: skip
         return results, mean
 
@@ -203,8 +231,8 @@ class _Backward(_Plan):
         device: torch.device,
         settings: Settings,
     ) -> None:
-        super().__init__(weights, numbers, device, settings)
-        self.gradients, self.scales = gradients, scales
+        super().__init__(weights, numbers, scales, device, settings)
+        self.gradients, self.dtypes = gradients, (*numbers.dtypes, *[FLOAT32] * scales)
         self.first_chunks: list[int] = []
         self.total_chunks = 0
         for i in range(len(weights)):
@@ -230,70 +258,57 @@ class _Backward(_Plan):
             (launched.sent(device), launched.programs, tuple(kinds.found))
             for launched, kinds in ((products, product_kinds), (blocks, block_kinds))
         ]
+        self.tables = memory.Tables(self._numbers())
 
     def _views(self, i: int) -> tuple[bool, bool]:
         """Whether the row matrix and the class matrix are in use."""
         out, into = bool(self.numbers.view_masks[i] & 1), bool(self.numbers.view_masks[i] & 2)
         return (into, out) if self.weights[i].arrangement.turned else (out, into)
 
-    def rows(
-        self,
-        bases: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        results: Sequence[Tensor],
-        scales: Sequence[Tensor],
-        d_scales: Sequence[Tensor],
-    ) -> list[int]:
-        """The table."""
-        numbers: list[int] = []
-        flat = 0
-        for i, (base, g) in enumerate(zip(bases, gradients, strict=True)):
-            places, size = vector_places(self.weights[i].arrangement, self.numbers.view_masks[i])
-            own = [flat + place if place >= 0 else -1 for place in places]
+    def _numbers(self) -> list[int | memory.Address]:
+        """The table, for the addresses of gradients, bases, scales, results and derivatives by the scales."""
+        numbers: list[int | memory.Address] = []
+        count, flat = len(self.weights), 0
+        results = 2 * count + self.scales
+        for i, weight in enumerate(self.weights):
+            places, size = vector_places(weight.arrangement, self.numbers.view_masks[i])
+            numbers += self.row(i, count + i, 2 * count, results + i, i)
+            numbers += [flat + place if place >= 0 else -1 for place in places]
+            numbers += [memory.Address(i), self.gradients[i].arrangement.stride, self.chunks(i), self.first_chunks[i]]
             flat += size
-            numbers += [
-                *self.row(i, base, results[i], i, scales),
-                *own,
-                g.data_ptr(),
-                self.gradients[i].arrangement.stride,
-            ]
-            numbers += [self.chunks(i), self.first_chunks[i]]
-        return numbers + [d.data_ptr() for d in d_scales]
+        return numbers + [memory.Address(results + count + i) for i in range(self.scales)]
 
     def run(
         self,
-        bases: Sequence[Tensor],
+        places: Hashable,
         gradients: Sequence[Tensor],
         grad_sigma: Tensor | None,
+        bases: Sequence[Tensor],
         scales: Sequence[Tensor],
         sigma: Tensor,
         vectors: Tensor,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Launch."""
-        device, settings = self.device, self.settings
-        options = settings.options(settings.rescale_warps)
-        memory.keep(self, device)
-        scales = [scale.to(device, torch.float32) for scale in scales]
-        results, d_scales = self.results(bases), [torch.empty_like(scale) for scale in scales]
-        tensors = (bases, gradients, results, scales, d_scales)
-        addresses = tuple([x.data_ptr() for each in tensors for x in each])
-        table = self.tables.get(addresses, lambda: self.rows(*tensors), device)
+        """Launch. ``places``: a key of where gradients, bases and scales lie."""
+        now, settings, count = memory.now(self.device), self.settings, len(bases)
+        memory.keep(self, now)
+        results, place = allocate((*bases, *scales), self.dtypes)
+        table = self.tables.get((places, place), (gradients, bases, scales, results), now)
         (products, many_products, product_kinds), (blocks, many_blocks, block_kinds) = self.launches
         # Both aligned, whatever the list: the JIT compiles anew for an argument that is not.
-        dots = torch.empty(self.total_chunks, dtype=torch.float32, device=device)
-        coefficients = torch.empty(3 * len(bases), dtype=torch.float32, device=device)
+        dots = torch.empty(self.total_chunks, dtype=torch.float32, device=self.device)
+        coefficients = torch.empty(3 * count, dtype=torch.float32, device=self.device)
         sigma, vectors = sigma.contiguous(), vectors.contiguous()
         given = sigma if grad_sigma is None else grad_sigma.contiguous()
         kernels.inner_products[(many_products,)](
-            table, products.here(), sigma, given, int(grad_sigma is not None), dots, coefficients,
-            memory.counters(len(bases), device),
-            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **options,
+            table, products.here(now), sigma, given, int(grad_sigma is not None), dots, coefficients,
+            memory.counters(count, now),
+            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **self.options,
         )  # fmt: skip
         kernels.gradient[(many_blocks,)](
-            table, blocks.here(), coefficients, vectors, len(bases), self.scales,
-            KINDS=block_kinds, BL=_SCALED, **options,
+            table, blocks.here(now), coefficients, vectors, count, self.scales,
+            KINDS=block_kinds, BL=_SCALED, **self.options,
         )  # fmt: skip
-        return results, d_scales
+        return results[:count], results[count:]
 
 
 _forward_plan = lru_cache(maxsize=256)(_Forward)

@@ -1,0 +1,128 @@
+"""What a step of the Triton kernels costs before the GPU has anything to do: the time of Python and C++ with every
+launch replaced by nothing, for tensors of the CPU, which go the way of tensors of a GPU.
+
+    PYTHONPATH=.:tests python bench/triton_host_cost.py
+
+It leaves out Triton's own launch of a kernel, and what CUDA's allocator and streams take. Medians, in microseconds,
+once with memory that comes back to the same places in every step, as from torch's allocator for GPUs, and once with
+memory at new places, for which a table of addresses is made. "backward" is that of rescale through autograd: a step
+that has it less one that has not. First, with small weights, the results are compared with the reference.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import triton
+from machine import commit, machine
+from measure import Step, interleaved
+from torch import Tensor
+from workloads import WORKLOADS, build
+
+from fastsn import ops
+from fastsn.triton import memory
+from interpreted import kernels, launches_replaced
+from op_calls import call
+
+NAMES = ("CIFAR10 CNN", "64 small convs")
+SECONDS = 8.0  # for each workload
+
+
+class Feed(torch.autograd.Function):
+    """Gives its inputs the gradients that it was handed: what a network does, without the network."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return inputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
+
+
+def steps(weights: list[Tensor]) -> dict[str, Step]:
+    """What is timed: an iteration, rescaling, all three with the backward, and the backward of what feeds gradients."""
+    c = call(weights, [0] * len(weights), [3 if w.ndim > 2 else 1 for w in weights])
+    gradients = [torch.randn_like(w) for w in weights]
+    state = c.iterate(in_place=True)
+
+    def whole() -> tuple[Tensor, ...]:
+        outputs, _ = c.rescale(*c.iterate(in_place=True))
+        return torch.autograd.grad(Feed.apply(gradients, *outputs), weights)
+
+    return {
+        "power_iteration_": lambda: c.iterate(in_place=True),
+        "rescale": lambda: c.rescale(*state),
+        "whole": whole,
+        "feed": lambda: torch.autograd.grad(Feed.apply(gradients, *weights), weights),
+    }
+
+
+def microseconds(weights: list[Tensor]) -> dict[str, float]:
+    """Medians of the ops."""
+    found = {name: 1e6 * statistics.median(times) for name, times in interleaved(steps(weights), SECONDS).items()}
+    total = found.pop("whole") - found.pop("feed")
+    return {**found, "backward": total - sum(found.values()), "all": total}
+
+
+@contextmanager
+def places(new: bool) -> Iterator[None]:
+    """Every call finds the first table that there is, or, with ``new``, none."""
+    get = memory.Tables.get
+
+    def found(tables: memory.Tables, where: object, *rest: Any) -> Tensor:
+        return get(tables, object() if new else next(iter(tables._known), where), *rest)
+
+    with mock.patch.object(memory.Tables, "get", found):
+        yield
+
+
+def check(weights: list[Tensor]) -> None:
+    """Raises AssertionError unless results are those of the reference: of weights with a sixteenth of the channels."""
+    small = [w.detach()[: -(-w.shape[0] // 16), : -(-w.shape[1] // 16)].clone().requires_grad_() for w in weights]
+    c = call(small, [0] * len(small), [3 if w.ndim > 2 else 1 for w in small])
+    e = c.exact()
+    exact = ops.fallback.power_iteration(*e.iteration(), 1)
+    for w in e.weights:
+        w.requires_grad_()
+    outputs, _ = c.rescale(*c.iterate(in_place=True))
+    expected, _ = e.rescale(*exact)
+    gradients = [torch.randn_like(w) for w in small]
+    ours = torch.autograd.grad(Feed.apply(gradients, *outputs), small)
+    theirs = torch.autograd.grad(Feed.apply([g.double() for g in gradients], *expected), e.weights)
+    for x, y in zip((*outputs, *ours), (*expected, *theirs), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+def main() -> None:
+    found = machine()
+    print(
+        f"torch {torch.__version__}, Triton {triton.__version__}, {found['cpu']}, {found['fastsn']}, commit {commit()}"
+    )
+    print(
+        f"{'us':16}{'places':>8}"
+        + "".join(f"{name:>18}" for name in ("power_iteration_", "rescale", "backward", "all"))
+    )
+    for workload in (workload for workload in WORKLOADS if workload.name in NAMES):
+        weights = [layer.weight for layer in build(workload, torch.device("cpu"))]
+        with kernels():
+            check(weights)
+        for new in (False, True):
+            with launches_replaced(), places(new):
+                row = microseconds(weights)
+            print(f"{workload.name:16}{'new' if new else 'same':>8}" + "".join(f"{us:18.0f}" for us in row.values()))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

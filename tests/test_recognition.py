@@ -1,0 +1,222 @@
+"""A call of the Triton kernels is recognized by what its tensors look like and where they lie, whatever objects they
+are: a tensor that has changed under the same name is read as it is now."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import ON
+from fastsn import ops, tensor_lists
+from fastsn.ops import cuda as gpu
+from op_calls import Call, call
+
+pytest.importorskip("triton")
+from fastsn.triton import memory
+from interpreted import launches_replaced
+
+pytestmark = [pytest.mark.usefixtures("triton_kernels"), pytest.mark.skipif(ON == "cuda", reason="for the interpreter")]
+
+
+@pytest.fixture(params=["as built", "in Python"], autouse=True)
+def _lists(request, monkeypatch):
+    """Lists are gone through by C++, if it has been built, and by Python."""
+    if request.param == "in Python":
+        monkeypatch.setattr(tensor_lists, "_built", lambda _, otherwise: otherwise)
+
+
+def assert_right(c: Call) -> None:
+    """Iteration, rescaling and gradient are those of the reference in float64."""
+    e = c.exact()
+    state = c.iterate()
+    exact = ops.fallback.power_iteration(*e.iteration(), 1)
+    outputs, mean = c.rescale(*state)
+    true, true_mean = ops.fallback.rescale(e.weights, e.scales, *exact, *e.numbers())
+    assert_gradients_right(c, [torch.randn_like(x) for x in outputs], outputs, mean, state[1])
+    for x, y in zip((*state, *outputs), (*exact, *true), strict=True):
+        rounding = 1e-5 if x.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(x.double(), y, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(mean.double(), true_mean, rtol=1e-5, atol=0)
+
+
+def assert_gradients_right(
+    c: Call, gradients: list[Tensor], bases: list[Tensor], mean: Tensor, vectors: Tensor
+) -> None:
+    given = (gradients, None, bases, [], mean, vectors)
+    exact = ([g.double() for g in gradients], None, [x.double() for x in bases], [], mean.double(), vectors.double())
+    (ours, _), (true, _) = (
+        ops.rescale_backward(*given, *c.numbers()),
+        ops.fallback.rescale_backward(*exact, *c.exact().numbers()),
+    )
+    for x, y in zip(ours, true, strict=True):
+        rounding = 1e-5 if x.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(x.double(), y, rtol=rounding, atol=rounding)
+
+
+def other_memory(x: Tensor) -> None:
+    x.data = x.data.clone() + 1
+
+
+def channels_last(x: Tensor) -> None:
+    x.data = x.data.contiguous(memory_format=torch.channels_last)
+
+
+def half(x: Tensor) -> None:
+    x.data = x.data.half()
+
+
+def not_aligned(x: Tensor) -> None:
+    x.data = torch.randn(x.numel() + 1)[1:].view(x.shape)
+
+
+def other_strides_at_the_same_place(x: Tensor) -> None:
+    x.as_strided_((6, 4, 3, 3), (4, 1, 72, 24))
+
+
+def part_of_itself(x: Tensor) -> None:
+    x.set_(x[:, :, :, :2])
+
+
+CHANGES = (other_memory, channels_last, half, not_aligned, other_strides_at_the_same_place, part_of_itself)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_that_changed_under_the_same_name_is_read_as_it_is_now(change):
+    weights = [torch.randn(6, 4, 3, 3), torch.randn(5, 4, 3, 3)]
+    before = call(weights, [0, 0])
+    assert_right(before)
+    change(weights[0])
+    after = call(weights, [0, 0])
+    assert after.weights[0] is before.weights[0]
+    assert_right(after)
+
+
+def test_vectors_that_were_replaced_or_are_no_longer_dense_are_found():
+    c = call([torch.randn(6, 4, 3)], [0])
+    assert_right(c)
+    for x in (*c.u, *c.v):
+        x.set_(torch.nn.functional.normalize(torch.randn_like(x), dim=0))
+    assert_right(c)
+    for x in (*c.u, *c.v):
+        x.set_(torch.nn.functional.normalize(torch.randn(2 * x.numel()), dim=0)[::2])
+    assert_right(c)
+    before = [x.clone() for x in (*c.u, *c.v)]
+    _, vectors = c.iterate(in_place=True)
+    assert not any(map(torch.equal, before, (*c.u, *c.v)))
+    assert torch.equal(vectors, torch.cat([x for pair in zip(c.u, c.v, strict=True) for x in pair]))
+
+
+def test_an_argument_that_has_become_wrong_is_an_error_each_time():
+    c = call([torch.randn(6, 4, 3)], [0])
+    assert_right(c)
+    c.u[0].resize_(5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"u\[0\] must have shape \[6\], got \[5\]"):
+            c.iterate()
+    c.u[0].resize_(6)
+    c.u[0].data = c.u[0].data.double()
+    with pytest.raises(TypeError, match=r"u\[0\] must be torch.float32, got torch.float64"):
+        c.iterate()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda g: torch.ones(()).expand(g.shape),
+        lambda g: torch.randn(g.shape[::-1]).permute(3, 2, 1, 0),
+        lambda g: torch.randn_like(g).contiguous(memory_format=torch.channels_last),
+        lambda g: torch.randn(2 * g.numel())[::2].view(g.shape),
+        lambda g: torch.randn(g.numel() + 1)[1:].view(g.shape),
+        lambda g: torch.randn_like(g).half(),
+    ],
+    ids=["expanded", "transposed", "channels_last", "every second", "not aligned", "half"],
+)
+def test_gradients_of_any_layout_come_after_usual_ones(odd):
+    c = call([torch.randn(6, 4, 3, 3), torch.randn(5, 4, 3, 3)], [0, 0])
+    sigma, vectors = c.iterate()
+    outputs, mean = c.rescale(sigma, vectors)
+    usual = [torch.randn_like(x) for x in outputs]
+    for gradients in (usual, [odd(usual[0]), usual[1]], usual):
+        assert_gradients_right(c, gradients, outputs, mean, vectors)
+
+
+def test_objects_that_are_gone_and_come_again_are_not_mixed_up():
+    for i in range(12):
+        assert_right(call([torch.randn(4 + i % 3, 3, 2), torch.randn(3, 5)], [0, 0], [3, 1]))
+
+
+def test_what_is_remembered_of_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(gpu, "_KNOWN", 4)
+    with launches_replaced():
+        for i in range(20):
+            call([torch.randn(3, 2 + i)], [0], 1).iterate()
+            assert len(gpu._prepared) <= 4
+
+
+def test_lists_that_differ_in_anything_a_kernel_depends_on_have_different_keys():
+    x = torch.zeros(64)
+    with torch.inference_mode():
+        made = torch.zeros(2, 3)
+    lists = [
+        [x[:6].view(2, 3)],
+        [x[:6].view(3, 2)],
+        [x[:6].view(3, 2).t()],
+        [x[:12].view(2, 6)[:, :3]],
+        [x[1:7].view(2, 3)],
+        [x.to(torch.float16)[:6].view(2, 3)],
+        [x.view(torch.int32)[:6].view(2, 3)],
+        [x[:6].view(1, 2, 3)],
+        [x[:6].view(2, 3), x[:6].view(2, 3)],
+        [made],
+        [],
+    ]
+    assert len({tensor_lists.identify(tensors)[0] for tensors in lists}) == len(lists)
+    same = [[x[:6].view(2, 3)], [x[4:10].view(2, 3)], [torch.ones(2, 3)]]
+    found = [tensor_lists.identify(tensors) for tensors in same]
+    assert len({layout for layout, _ in found}) == 1
+    assert len({places for _, places in found}) == 3
+
+
+def test_a_tensor_without_strides_has_no_key():
+    with pytest.raises(RuntimeError):
+        tensor_lists.identify([torch.eye(3).to_sparse()])
+
+
+def test_keys_of_lists_are_never_given_to_others():
+    first = [torch.randn(2, 3), torch.randn(4)]
+    layout, places = tensor_lists.identify(first)
+    assert tensor_lists.identify(list(first)) == (layout, places)
+    others = [torch.randn(n) for n in range(1, 3000)]  # more than C++ remembers
+    found = [tensor_lists.identify([x]) for x in others]
+    assert len({key for key, _ in found} | {layout}) == len({key for _, key in found} | {places}) == 3000
+    assert tensor_lists.identify(first) in ((layout, places), tensor_lists.identify(first))
+
+
+def test_threads_that_ask_at_once_get_keys_and_tables_of_their_own_lists(monkeypatch):
+    monkeypatch.setattr(memory, "_TABLES", 8)
+    tables = memory.Tables([memory.Address(0), 7, memory.Address(1)])
+    lists = [[torch.randn(3), torch.randn(4 + i % 5)] for i in range(40)]
+    at = memory.now(torch.device("cpu"))
+    wrong: list[object] = []
+    start = threading.Barrier(4)
+
+    def ask() -> None:
+        start.wait()
+        for _ in range(50):
+            for tensors in lists:
+                layout, places = tensor_lists.identify(tensors)
+                again, _ = tensor_lists.identify([torch.empty_like(x) for x in tensors])
+                table = tables.get(places, [tensors], at).tolist()
+                if table != [tensors[0].data_ptr(), 7, tensors[1].data_ptr()] or layout != again:
+                    wrong.append(table)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(tables._known) <= 8
