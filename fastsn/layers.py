@@ -98,9 +98,8 @@ class NormalizedLayer(nn.Module):
         bias: Tensor | None = getattr(self, "bias", None)
         if self.scale_bias and bias is not None:
             bias = self.spectral_norm.scaled(bias)
-        norm = self._modules["spectral_norm"]  # not getattr, which takes as long as the rest of a read in a step
-        assert norm is not None
-        return norm(self.weight), bias
+        norm: Any = self._modules["spectral_norm"]  # not getattr, which takes as long as the rest of a read in a step
+        return norm.use(self.weight), bias
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -111,7 +111,10 @@ class KernelBatch(Batch):
         sigma, vectors = iterated(self.weights, self.u, self.v, *self._iteration, n)
         scales = [saveable(scale) for scale in self.scales]
         outputs, _ = ops.rescale(self.weights, scales, sigma, vectors, *self._rescale)
-        wanted = [requires_grad(spec.weight, spec.scale) for spec in self.specs]
+        if self.scales:
+            wanted = [requires_grad(spec.weight, spec.scale) for spec in self.specs]
+        else:
+            wanted = [weight.requires_grad for weight in self.weights]
         if not all(wanted):  # an op gives all of its results a graph as soon as one needs it
             outputs = [w if own else w.detach() for w, own in zip(outputs, wanted, strict=True)]
         return outputs, UsedVectors(self.stored, vectors)

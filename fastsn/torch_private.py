@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 
 # The number of the backward that this thread runs, -1 outside: a forward in there is that of a checkpointed region,
@@ -34,6 +35,20 @@ forward_mode = forward_ad._set_fwd_grad_enabled
 
 # vmap has no rule for out=, which captured buffers need inside of other transforms.
 is_batched = torch._C._functorch.is_batchedtensor
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does anything but its forward. Without hooks a call takes as long as a read of W̄."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
 
 def transforms_active() -> bool:

@@ -21,13 +21,14 @@ class StepCall(NamedTuple):
 
     ``vectors``: those that it used. ``thread``: the thread whose uses it serves first, None for all. ``shared``: it is
     a step's, whose vectors forwards of fused models take in threads without a step of their own, instead of moving
-    them. ``traced``: it is in a graph that is being compiled.
+    them. ``traced``: it is in a graph that is being compiled. ``plain``: neither that nor in inference mode.
     """
 
     vectors: UsedVectors
     thread: int | None
     shared: bool
     traced: bool
+    plain: bool
 
 
 class CachedWeight:
@@ -40,15 +41,17 @@ class CachedWeight:
         value: its W̄.
     """
 
-    __slots__ = ("_made", "_quick", "_scale", "_spec", "_value", "_versions", "_weight", "call", "position")
+    __slots__ = ("_made", "_scale", "_spec", "_value", "_version", "_weight", "call", "position")
 
     def __init__(self, call: StepCall, position: int, spec: WeightSpec, value: Tensor) -> None:
         self.call, self.position, self._spec, self._value = call, position, spec, value
-        self._weight, self._scale = weight, scale = spec[0], spec[3]
+        weight, self._scale = spec[0], spec[3]
         self._made: dict[torch.dtype, _Made] | None = None
-        learnt = isinstance(scale, Tensor)
-        self._quick = not (call.traced or learnt or weight.is_inference() or value.is_inference())
-        self._versions = (weight._version, 0) if self._quick else _versions(weight, scale, call.traced)
+        self._weight: Tensor | None = None
+        if call.plain and self._scale.__class__ is float and not weight.is_inference():
+            self._weight, self._version = weight, weight._version
+        else:
+            self._made = {spec.dtype: (weight, self._scale, _versions(weight, self._scale, call.traced), value)}
 
     def of_every_thread(self) -> CachedWeight:
         """The same for a replica, whose thread is none that has opened a step."""
@@ -61,17 +64,17 @@ class CachedWeight:
     def usual(self, weight: Tensor, scale: Tensor | float) -> Tensor | None:
         """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
         not inside of compiled code."""
+        value = self._value
         if (
-            self._quick
-            and self._weight is weight
+            self._weight is weight
             and self._scale is scale
-            and weight._version == self._versions[0]
-            and weight.dtype is self._value.dtype
-            and (weight.requires_grad is self._value.requires_grad or not torch.is_grad_enabled())
+            and self._version == weight._version
+            and weight.dtype is value.dtype
+            and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())
             and self.call[1] == threading.get_ident()
-            and not (recomputation.in_backward() or recomputation.uses.active or torch_private.any_autocast())
+            and not (recomputation.uses.active or torch_private.any_autocast() or torch_private.backward_id() != -1)
         ):
-            return self._value
+            return value
         return None
 
     def get(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
@@ -81,7 +84,7 @@ class CachedWeight:
         if (compiling and not self.call.traced) or (not compiling and recomputation.has_own_graph()):
             return self._make(weight, scale, dtype)
         if self._made is None:
-            self._made = {self._spec.dtype: (self._weight, self._scale, self._versions, self._value)}
+            self._made = {self._spec.dtype: (self._spec.weight, self._scale, (self._version, 0), self._value)}
         versions = _versions(weight, scale, compiling)
         made = self._made.get(dtype)
         if made is not None:

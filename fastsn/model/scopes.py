@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from itertools import count, repeat
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -158,6 +159,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
         return _nothing  # the vectors of each use are known
     runs_again = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
+    plain = not (compiling or torch.is_inference_mode_enabled())
     opened: list[tuple[Sequence[SpectralNorm], list[CachedWeight]]] = []
 
     def release() -> None:
@@ -174,8 +176,8 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                         made, vectors = batch.normalize(rounds, advance and rounds > 0)
                     if not (fused or compiling):
                         batch.explain_freed_graphs(made)
-                    call = StepCall(vectors, thread, not fused, compiling)
-                    cached = [CachedWeight(call, i, *of) for i, of in enumerate(zip(batch.specs, made, strict=True))]
+                    call = StepCall(vectors, thread, not fused, compiling, plain)
+                    cached = list(map(CachedWeight, repeat(call), count(), batch.specs, made))
                     opened.append((norms, cached))
                     for norm, own in zip(norms, cached, strict=True):
                         norm.cached.append(own)
