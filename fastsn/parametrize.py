@@ -18,6 +18,7 @@ from fastsn import checks, views
 from fastsn.initialization import initializable
 from fastsn.model.sites import evaluated, sites_of
 from fastsn.norm import SpectralNorm
+from fastsn.tensor_property import read_quickly
 
 SPECTRAL_NORMS = (SpectralNorm, TorchNorm)
 
@@ -93,6 +94,7 @@ def spectral_norm(
         parametrize.register_parametrization(module, name, norm)
     brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
     initializable(module)
+    read_quickly(module, name)
     return module
 
 

@@ -21,6 +21,7 @@ from fastsn.layers import NormalizedLayer
 from fastsn.model.sites import Site, evaluated
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
+from fastsn.tensor_property import read_quickly
 
 
 class Adapter(ABC):
@@ -111,6 +112,7 @@ class Parametrization(_Present):
         brought_up_after_loading(self._chain)
         own_class(self.owner)
         initializable(self.owner)
+        read_quickly(self.owner, self.tensor)
 
 
 class Layer(_Present):
@@ -175,6 +177,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
         chain_of(owner, tensor).append(norm.train(owner.training))
         brought_up_after_loading(chain_of(owner, tensor))
         initializable(owner)
+        read_quickly(owner, tensor)
         return
     own_class(owner)
     # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
@@ -185,6 +188,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     chain.original, chain.unsafe = original, False
     brought_up_after_loading(chain)
     initializable(owner)
+    read_quickly(owner, tensor)
 
 
 def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:
