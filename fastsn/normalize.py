@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsn import ops, reference, torch_private, views
-from fastsn.backends import chosen
+from fastsn.backends import chosen, served_by
 from fastsn.reference import Vectors
 
 
@@ -71,6 +71,10 @@ class Batch:
         have rules of differentiation that do."""
 
 
+# Both ops in one call (csrc/normalize.cpp).
+_TOGETHER = torch.ops.fastsn._normalize.default if served_by("cpp", 0).available else None
+
+
 class KernelBatch(Batch):
     """Of the C++ or the Triton kernels: the arguments of the list ops."""
 
@@ -107,10 +111,14 @@ class KernelBatch(Batch):
 
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
-        iterated = ops.power_iteration_ if store and n else ops.power_iteration
-        sigma, vectors = iterated(self.weights, self.u, self.v, *self._iteration, n)
-        scales = [saveable(scale) for scale in self.scales]
-        outputs, _ = ops.rescale(self.weights, scales, sigma, vectors, *self._rescale)
+        scales, store = [saveable(scale) for scale in self.scales], store and n > 0
+        if _TOGETHER is not None and not torch.compiler.is_compiling():
+            numbers = (*self._iteration, n, store, *self._rescale[2:])
+            outputs, vectors = _TOGETHER(self.weights, self.u, self.v, scales, *numbers)
+        else:
+            iterated = ops.power_iteration_ if store else ops.power_iteration
+            sigma, vectors = iterated(self.weights, self.u, self.v, *self._iteration, n)
+            outputs, _ = ops.rescale(self.weights, scales, sigma, vectors, *self._rescale)
         if self.scales:
             wanted = [requires_grad(spec.weight, spec.scale) for spec in self.specs]
         else:
