@@ -1,9 +1,13 @@
-// Both ops in one call from Python, which costs half as much as two where weights are small: lists are turned into
-// those of C++ once, and sigma into no Python object. The ops themselves are called through the dispatcher, so that
-// each device, its gradients and those who watch see what they would see otherwise. Not for graphs: it says nothing of
-// u and v, which it may write to.
+// Both ops in one call from Python, for lists that are used again and again: to turn them into lists of C++, and sigma
+// into a Python object, costs more than small weights do. The ops are called through the dispatcher, so that each
+// device, its gradients and those who watch see what they would see otherwise. Not for graphs: it says nothing of u, v.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 
 #include "ops.h"
 
@@ -12,24 +16,87 @@ namespace fastsn {
 namespace {
 
 using at::Tensor;
+using Tensors = std::vector<Tensor>;
 
 template <class Op>
 auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
 }
 
-std::tuple<std::vector<Tensor>, Tensor> normalize(at::TensorList weights, at::TensorList u, at::TensorList v,
-                                                  at::TensorList scales, at::IntArrayRef dims,
-                                                  at::IntArrayRef view_masks, at::IntArrayRef v_first, int64_t n,
-                                                  bool store, at::IntArrayRef scale_index,
-                                                  at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
+// A list whose tensors somebody else keeps: Python does, and must be able to free what refers to itself.
+class Kept {
+ public:
+  explicit Kept(at::TensorList tensors) {
+    for (const Tensor& x : tensors) tensors_.emplace_back(x.getIntrusivePtr());
+  }
+
+  Tensors lock() const {
+    Tensors found;
+    found.reserve(tensors_.size());
+    for (const auto& x : tensors_) {
+      auto locked = x.lock();
+      TORCH_CHECK(locked, "a batch must be forgotten before its tensors are freed");
+      found.emplace_back(std::move(locked));
+    }
+    return found;
+  }
+
+ private:
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors_;
+};
+
+// The arguments of the ops, see fastsn/ops/schema.py.
+struct Batch {
+  Kept weights, u, v, scales;
+  std::vector<int64_t> dims, view_masks, v_first, scale_index, dtypes;
+  std::vector<double> scale_factor;
+};
+
+std::mutex mutex;
+std::unordered_map<int64_t, std::shared_ptr<const Batch>> batches;
+int64_t last = 0;
+
+int64_t remember(at::TensorList weights, at::TensorList u, at::TensorList v, at::TensorList scales,
+                 at::IntArrayRef dims, at::IntArrayRef view_masks, at::IntArrayRef v_first, at::IntArrayRef scale_index,
+                 at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
+  auto batch = std::make_shared<const Batch>(Batch{Kept(weights), Kept(u), Kept(v), Kept(scales), dims.vec(),
+                                                   view_masks.vec(), v_first.vec(), scale_index.vec(), dtypes.vec(),
+                                                   scale_factor.vec()});
+  const std::lock_guard<std::mutex> lock(mutex);
+  batches[++last] = std::move(batch);
+  return last;
+}
+
+void forget(int64_t number) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  batches.erase(number);
+}
+
+// The W̄ after n iterations, whose vectors are stored if asked for, and the vectors. fastsn/normalize.py does the same.
+std::tuple<Tensors, Tensor> normalize(int64_t number, int64_t n, bool store) {
   static const auto iterate = find<decltype(power_iteration)>("fastsn::power_iteration");
   static const auto iterate_and_store = find<decltype(power_iteration)>("fastsn::power_iteration_");
   static const auto rescaled = find<decltype(rescale)>("fastsn::rescale");
+  std::shared_ptr<const Batch> b;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    b = batches.at(number);
+  }
+  const Tensors weights = b->weights.lock();
   const auto& iterated = store ? iterate_and_store : iterate;
-  const auto [sigma, vectors] = iterated.call(weights, u, v, dims, view_masks, v_first, n);
-  auto [outputs, mean] =
-      rescaled.call(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes);
+  const auto [sigma, vectors] =
+      iterated.call(weights, b->u.lock(), b->v.lock(), b->dims, b->view_masks, b->v_first, n);
+  Tensors scales = b->scales.lock();
+  const auto requires_grad = [&, given = scales](size_t i) {
+    const int64_t scale = b->scale_index[i];
+    return weights[i].requires_grad() || (scale >= 0 && given[scale].requires_grad());
+  };
+  for (Tensor& scale : scales)
+    if (at::GradMode::is_enabled() && !scale.requires_grad()) scale = scale.clone();
+  auto [outputs, mean] = rescaled.call(weights, scales, sigma, vectors, b->dims, b->view_masks, b->scale_index,
+                                       b->scale_factor, b->dtypes);
+  for (size_t i = 0; i < outputs.size(); ++i)
+    if (outputs[i].requires_grad() && !requires_grad(i)) outputs[i] = outputs[i].detach();
   return {std::move(outputs), vectors};
 }
 
@@ -39,8 +106,9 @@ std::tuple<std::vector<Tensor>, Tensor> normalize(at::TensorList weights, at::Te
 
 TORCH_LIBRARY_FRAGMENT(fastsn, m) {
   m.def(
-      "_normalize(Tensor[] weights, Tensor[] u, Tensor[] v, Tensor[] scales, int[] dims, int[] view_masks, "
-      "int[] v_first, int n, bool store, int[] scale_index, float[] scale_factor, int[] dtypes) -> (Tensor[], Tensor)");
+      "_remember(Tensor[] weights, Tensor[] u, Tensor[] v, Tensor[] scales, int[] dims, int[] view_masks, "
+      "int[] v_first, int[] scale_index, float[] scale_factor, int[] dtypes) -> int",
+      &fastsn::remember);
+  m.def("_forget(int batch) -> ()", &fastsn::forget);
+  m.def("_normalize(int batch, int n, bool store) -> (Tensor[], Tensor)", &fastsn::normalize);
 }
-
-TORCH_LIBRARY_IMPL(fastsn, CompositeImplicitAutograd, m) { m.impl("_normalize", &fastsn::normalize); }

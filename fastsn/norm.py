@@ -6,6 +6,7 @@ Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from fastsn import checks, loading, normalize, recomputation, reference, torch_private, variants, views, weight_cache
 from fastsn.backends import available, chosen
 from fastsn.exporting import refuse_onnx
-from fastsn.normalize import WeightSpec
+from fastsn.normalize import Batch, WeightSpec
 from fastsn.reference import Sigmas, Vectors
 from fastsn.weight_cache import CachedWeight
 
 WARM_UP_ITERATIONS = 15  # what torch spends at construction
 
+_settings = itemgetter("dim", "impl", "v_first")
 _BUFFERS = {"out": ("_u", "_v"), "in": ("_u_in", "_v_in")}
 
 
@@ -95,6 +97,7 @@ class SpectralNorm(nn.Module):
         given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.views: tuple[str, ...] = ()
         self.cached = []
+        self._kept: tuple[list[object], Batch] | None = None
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik, wide = views.as_oik(weight.detach(), self.dim), reference.wide(weight.dtype)
@@ -144,15 +147,31 @@ class SpectralNorm(nn.Module):
             if region is not None:
                 recomputation.record(self, cached.call.vectors, cached.position)
             return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
-        checks.weight(weight, "weight")
         if not compiling and recomputation.in_backward():
-            return weight_cache.make(self.spec(weight))
-        batch, training = normalize.batch(self.spec(weight)), self.training
+            return weight_cache.make(self.spec(checks.weight(weight, "weight")))
+        batch, training = self._batch(weight, compiling), self.training
         with recomputation.unseen_by_checkpoints():
             (normalized,), vectors = batch.normalize(self.n_power_iterations if training else 0, training)
         if region is not None:
             recomputation.record(self, vectors, 0)
         return normalized
+
+    def _batch(self, weight: Tensor, compiling: bool) -> Batch:
+        """What normalizes the weight: that of the last use, if nothing has changed since."""
+        if compiling or torch_private.tracing_state() is not None:
+            return normalize.batch(self.spec(checks.weight(weight, "weight")))
+        state: list[object] = [weight, weight.dtype, weight.is_cpu, weight.get_device(), self._out_dtype(weight)]
+        state += _settings(self.__dict__)
+        state += (self.__dict__.get("scale"), torch_private.transforms_active())
+        state += self._buffers.values()
+        state += self._parameters.values()
+        kept = self._kept
+        if kept is not None and len(kept[0]) == len(state) and all(map(is_, kept[0], state)):
+            return kept[1]
+        batch = normalize.batch(self.spec(checks.weight(weight, "weight")))
+        if weight.is_leaf:  # another one is a new tensor each time, and has a graph
+            self.__dict__["_kept"] = (state, batch)
+        return batch
 
     def scaled(self, tensor: Tensor) -> Tensor:
         """scale * tensor, in the tensor's dtype."""
@@ -278,7 +297,7 @@ class SpectralNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.
-        return {**self.__dict__, "cached": []}
+        return {**self.__dict__, "cached": [], "_kept": None}
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
         replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

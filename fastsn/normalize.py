@@ -71,8 +71,7 @@ class Batch:
         have rules of differentiation that do."""
 
 
-# Both ops in one call (csrc/normalize.cpp).
-_TOGETHER = torch.ops.fastsn._normalize.default if served_by("cpp", 0).available else None
+_IN_ONE_CALL = served_by("cpp", 0).available  # csrc/normalize.cpp
 
 
 class KernelBatch(Batch):
@@ -80,6 +79,7 @@ class KernelBatch(Batch):
 
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         super().__init__(specs)
+        self._used, self._number = False, None  # a batch that is used again has one there
         self.weights = [spec.weight for spec in specs]
         self.stored = [spec.vectors for spec in specs]
         self.u: list[Tensor] = []
@@ -111,21 +111,26 @@ class KernelBatch(Batch):
 
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
-        scales, store = [saveable(scale) for scale in self.scales], store and n > 0
-        if _TOGETHER is not None and not torch.compiler.is_compiling():
-            numbers = (*self._iteration, n, store, *self._rescale[2:])
-            outputs, vectors = _TOGETHER(self.weights, self.u, self.v, scales, *numbers)
-        else:
-            iterated = ops.power_iteration_ if store else ops.power_iteration
-            sigma, vectors = iterated(self.weights, self.u, self.v, *self._iteration, n)
-            outputs, _ = ops.rescale(self.weights, scales, sigma, vectors, *self._rescale)
-        if self.scales:
-            wanted = [requires_grad(spec.weight, spec.scale) for spec in self.specs]
-        else:
-            wanted = [weight.requires_grad for weight in self.weights]
+        store = store and n > 0
+        if _IN_ONE_CALL and self._used and not torch.compiler.is_compiling():
+            if self._number is None:
+                lists = (self.weights, self.u, self.v, self.scales)
+                self._number = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
+            outputs, vectors = torch.ops.fastsn._normalize(self._number, n, store)
+            return outputs, UsedVectors(self.stored, vectors)
+        self._used = True
+        iterated = ops.power_iteration_ if store else ops.power_iteration
+        sigma, vectors = iterated(self.weights, self.u, self.v, *self._iteration, n)
+        scales = [saveable(scale) for scale in self.scales]
+        outputs, _ = ops.rescale(self.weights, scales, sigma, vectors, *self._rescale)
+        wanted = [requires_grad(spec.weight, spec.scale) for spec in self.specs]
         if not all(wanted):  # an op gives all of its results a graph as soon as one needs it
             outputs = [w if own else w.detach() for w, own in zip(outputs, wanted, strict=True)]
         return outputs, UsedVectors(self.stored, vectors)
+
+    def __del__(self) -> None:
+        if self._number is not None:
+            torch.ops.fastsn._forget(self._number)
 
 
 class ReferenceBatch(Batch):
