@@ -3,11 +3,10 @@
 // device, its gradients and those who watch see what they would see otherwise. Not for graphs: it says nothing of u, v.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
-#include <memory>
-#include <mutex>
-#include <unordered_map>
+#include <vector>
 
 #include "ops.h"
 
@@ -52,36 +51,23 @@ struct Batch {
   std::vector<double> scale_factor;
 };
 
-std::mutex mutex;
-std::unordered_map<int64_t, std::shared_ptr<const Batch>> batches;
-int64_t last = 0;
-
-int64_t remember(at::TensorList weights, at::TensorList u, at::TensorList v, at::TensorList scales,
-                 at::IntArrayRef dims, at::IntArrayRef view_masks, at::IntArrayRef v_first, at::IntArrayRef scale_index,
-                 at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
-  auto batch = std::make_shared<const Batch>(Batch{Kept(weights), Kept(u), Kept(v), Kept(scales), dims.vec(),
-                                                   view_masks.vec(), v_first.vec(), scale_index.vec(), dtypes.vec(),
-                                                   scale_factor.vec()});
-  const std::lock_guard<std::mutex> lock(mutex);
-  batches[++last] = std::move(batch);
-  return last;
-}
-
-void forget(int64_t number) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  batches.erase(number);
+// Python holds a batch as a tensor whose memory it is.
+Tensor remember(at::TensorList weights, at::TensorList u, at::TensorList v, at::TensorList scales,
+                at::IntArrayRef dims, at::IntArrayRef view_masks, at::IntArrayRef v_first, at::IntArrayRef scale_index,
+                at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
+  auto* const batch = new Batch{Kept(weights),       Kept(u),           Kept(v),       Kept(scales),
+                                dims.vec(),          view_masks.vec(),  v_first.vec(), scale_index.vec(),
+                                dtypes.vec(),        scale_factor.vec()};
+  return at::from_blob(
+      batch, {static_cast<int64_t>(sizeof(Batch))}, [](void* of) { delete static_cast<Batch*>(of); }, at::kByte);
 }
 
 // The W̄ after n iterations, whose vectors are stored if asked for, and the vectors. fastsn/normalize.py does the same.
-std::tuple<Tensors, Tensor> normalize(int64_t number, int64_t n, bool store) {
+std::tuple<Tensors, Tensor> normalize(const Tensor& batch, int64_t n, bool store) {
   static const auto iterate = find<decltype(power_iteration)>("fastsn::power_iteration");
   static const auto iterate_and_store = find<decltype(power_iteration)>("fastsn::power_iteration_");
   static const auto rescaled = find<decltype(rescale)>("fastsn::rescale");
-  std::shared_ptr<const Batch> b;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    b = batches.at(number);
-  }
+  const auto* const b = static_cast<const Batch*>(batch.const_data_ptr());
   const Tensors weights = b->weights.lock();
   const auto& iterated = store ? iterate_and_store : iterate;
   const auto [sigma, vectors] =
@@ -107,8 +93,7 @@ std::tuple<Tensors, Tensor> normalize(int64_t number, int64_t n, bool store) {
 TORCH_LIBRARY_FRAGMENT(fastsn, m) {
   m.def(
       "_remember(Tensor[] weights, Tensor[] u, Tensor[] v, Tensor[] scales, int[] dims, int[] view_masks, "
-      "int[] v_first, int[] scale_index, float[] scale_factor, int[] dtypes) -> int",
+      "int[] v_first, int[] scale_index, float[] scale_factor, int[] dtypes) -> Tensor",
       &fastsn::remember);
-  m.def("_forget(int batch) -> ()", &fastsn::forget);
-  m.def("_normalize(int batch, int n, bool store) -> (Tensor[], Tensor)", &fastsn::normalize);
+  m.def("_normalize(Tensor batch, int n, bool store) -> (Tensor[], Tensor)", &fastsn::normalize);
 }

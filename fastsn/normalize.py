@@ -77,9 +77,11 @@ _IN_ONE_CALL = served_by("cpp", 0).available  # csrc/normalize.cpp
 class KernelBatch(Batch):
     """Of the C++ or the Triton kernels: the arguments of the list ops."""
 
+    _known: Tensor | None = None  # what stands for it in C++, once it is used again
+
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         super().__init__(specs)
-        self._used, self._number = False, None  # a batch that is used again has one there
+        self._used = False
         self.weights = [spec.weight for spec in specs]
         self.stored = [spec.vectors for spec in specs]
         self.u: list[Tensor] = []
@@ -112,11 +114,11 @@ class KernelBatch(Batch):
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         store = store and n > 0
-        if _IN_ONE_CALL and self._used and not torch.compiler.is_compiling():
-            if self._number is None:
+        if self._used and _IN_ONE_CALL and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
+            if self._known is None:
                 lists = (self.weights, self.u, self.v, self.scales)
-                self._number = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
-            outputs, vectors = torch.ops.fastsn._normalize(self._number, n, store)
+                self._known = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
+            outputs, vectors = torch.ops.fastsn._normalize(self._known, n, store)
             return outputs, UsedVectors(self.stored, vectors)
         self._used = True
         iterated = ops.power_iteration_ if store else ops.power_iteration
@@ -127,10 +129,6 @@ class KernelBatch(Batch):
         if not all(wanted):  # an op gives all of its results a graph as soon as one needs it
             outputs = [w if own else w.detach() for w, own in zip(outputs, wanted, strict=True)]
         return outputs, UsedVectors(self.stored, vectors)
-
-    def __del__(self) -> None:
-        if self._number is not None:
-            torch.ops.fastsn._forget(self._number)
 
 
 class ReferenceBatch(Batch):

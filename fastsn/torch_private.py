@@ -33,6 +33,9 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 # to every derivative.
 forward_mode = forward_ad._set_fwd_grad_enabled
 
+# How many modes see the ops that are called: they are to see those of the schema.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
 # vmap has no rule for out=, which captured buffers need inside of other transforms.
 is_batched = torch._C._functorch.is_batchedtensor
 
