@@ -18,12 +18,21 @@ from fastsn.backends import available, chosen
 from fastsn.exporting import refuse_onnx
 from fastsn.normalize import Batch, WeightSpec
 from fastsn.reference import Sigmas, Vectors
-from fastsn.weight_cache import CachedWeight
+from fastsn.weight_cache import Cached
 
 WARM_UP_ITERATIONS = 15  # what torch spends at construction
 
 _settings = itemgetter("dim", "impl", "v_first")
 _BUFFERS = {"out": ("_u", "_v"), "in": ("_u_in", "_v_in")}
+
+
+class _Changes:
+    """How often an attribute of any norm has been set: a plan of a model asks no further while it stays the same."""
+
+    count = 0
+
+
+changes = _Changes()
 
 
 class SpectralNorm(nn.Module):
@@ -61,7 +70,7 @@ class SpectralNorm(nn.Module):
     """
 
     scale: float | Tensor
-    cached: list[CachedWeight]  # of the steps and fused forwards that last, the newest last
+    cached: list[Cached]  # of the steps and fused forwards that last, the newest last
 
     def __init__(
         self,
@@ -119,11 +128,13 @@ class SpectralNorm(nn.Module):
         if name == "scale" and not isinstance(value, Tensor):  # tensors: FSDP and replicas put theirs here all the time
             value = checks.scale(value, variants.get(self.variant))
         super().__setattr__(name, value)
+        changes.count += 1
 
     def use(self, weight: Tensor) -> Tensor:
         """``self(weight)``, which the usual use in a step gets in a shorter way."""
         if self.cached and not (torch.compiler.is_compiling() or torch_private.has_hooks(self)):
-            usual = self.cached[-1].usual(weight, self.scale)
+            weights, position = self.cached[-1]
+            usual = weights.usual(position, weight, self.scale)
             if usual is not None:
                 return usual
         return self(weight)  # type: ignore[no-any-return]
@@ -143,10 +154,10 @@ class SpectralNorm(nn.Module):
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
             )
         if self.cached:
-            cached = weight_cache.in_force(self.cached, compiling)
+            weights, position = weight_cache.in_force(self.cached, compiling)
             if region is not None:
-                recomputation.record(self, cached.call.vectors, cached.position)
-            return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
+                recomputation.record(self, weights.vectors, position)
+            return weights.get(position, weight, self.scale, self._out_dtype(weight), compiling)
         if not compiling and recomputation.in_backward():
             return weight_cache.make(self.spec(checks.weight(weight, "weight")))
         batch, training = self._batch(weight, compiling), self.training
@@ -301,7 +312,7 @@ class SpectralNorm(nn.Module):
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
         replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.cached = [each.of_every_thread() for each in self.cached]
+        replica.cached = [(weights.of_every_thread(), position) for weights, position in self.cached]
         return replica
 
     def extra_repr(self) -> str:

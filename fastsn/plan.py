@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from fastsn import checks, normalize, torch_private
 from fastsn.model.sites import Site, weights
-from fastsn.norm import SpectralNorm
+from fastsn.norm import SpectralNorm, changes
 from fastsn.normalize import Batch
 from fastsn.reference import Vectors
 
@@ -117,35 +116,42 @@ class _Plan:
         modules = [module for module in model.modules() if module is not model]
         self._modules = [module for module in modules if not isinstance(module, SpectralNorm)]
         self._norms = [site.norm for site, _ in found]
-        holders = [_holder(site) for site, _ in found]
-        self._holders = [(None if holder is model else holder, name) for holder, name in holders]
-        self._weights = [weight for site, weight in found if _is_stored(site, weight)]
+        stored = [(_holder(site), weight) for site, weight in found if _is_stored(site, weight)]
+        self._holders = [(None if holder is model else holder, name) for (holder, name), _ in stored]
+        self._weights = [weight for _, weight in stored]
         self._devices = list({weight.device.type for _, weight in found})
+        self._changes, self._settings = changes.count, self._settings_now()
         self._state = self._state_of(model)
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
+        if self._changes != changes.count:  # of some norm; maybe of another model's
+            if self._settings != self._settings_now():
+                return False
+            self._changes = changes.count
         state = self._state_of(model)
         return len(state) == len(self._state) and all(map(is_, state, self._state))
 
+    def _settings_now(self) -> list[object]:
+        return [(_settings(norm.__dict__), norm.__dict__.get("scale")) for norm in self._norms]
+
     def _state_of(self, model: nn.Module) -> list[object]:
-        """The modules, tensors and settings, to be compared by identity in one pass."""
+        """The modules and tensors, to be compared by identity in one pass."""
         state: list[object] = [torch_private.transforms_active(), torch_private.parametrizations_are_cached()]
         if torch_private.any_autocast():
             on = [device for device in self._devices if normalize.autocast_is_on(device)]
             state += [torch.get_autocast_dtype(device) for device in on]
-        modules, norms = [model, *self._modules], self._norms
-        state += [child for module in modules for child in module._modules.values()]
-        state += [x for norm in norms for x in norm._buffers.values()]
-        state += [x for norm in norms for x in norm._parameters.values()]  # a scale that is learnt
-        state += chain.from_iterable(map(_settings, [norm.__dict__ for norm in norms]))
-        state += [norm.__dict__.get("scale") for norm in norms]
+        state += model._modules.values()
+        state += [child for module in self._modules for child in module._modules.values()]
+        state += [x for norm in self._norms for x in norm._buffers.values()]
+        state += [x for norm in self._norms for x in norm._parameters.values()]  # a scale that is learnt
         for holder, name in self._holders:
             module = model if holder is None else holder
-            state.append(module._parameters.get(name))
-            state.append(module._buffers.get(name))
-        for weight in self._weights:  # what .data and .to() change in place
-            state += (weight.dtype, weight.is_cpu, weight.get_device())
+            weight = module._parameters.get(name)
+            state.append(module._buffers.get(name) if weight is None else weight)
+        state += [weight.dtype for weight in self._weights]  # .data and .to() change these in place
+        state += [weight.is_cpu for weight in self._weights]
+        state += [weight.get_device() for weight in self._weights]
         return state
 
     def __deepcopy__(self, _: dict[int, Any]) -> None:

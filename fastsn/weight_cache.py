@@ -2,91 +2,90 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastsn import checks, normalize, recomputation, torch_private
-from fastsn.normalize import UsedVectors, WeightSpec
+from fastsn.normalize import Batch, UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
+Cached: TypeAlias = "tuple[CachedWeights, int]"  # and the position of the norm among those of the call
 _Made: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
-class StepCall(NamedTuple):
-    """What a call for all norms of a step has given them together.
-
-    ``vectors``: those that it used. ``thread``: the thread whose uses it serves first, None for all. ``shared``: it is
-    a step's, whose vectors forwards of fused models take in threads without a step of their own, instead of moving
-    them. ``traced``: it is in a graph that is being compiled. ``plain``: neither that nor in inference mode.
-    """
-
-    vectors: UsedVectors
-    thread: int | None
-    shared: bool
-    traced: bool
-    plain: bool
-
-
-class CachedWeight:
-    """The vectors that count for a norm until a step ends, and the W̄ made with them.
+class CachedWeights:
+    """The vectors that count for some norms until a step ends, and the W̄ made with them, of one call of the ops. A norm
+    holds it with its own position among those of the call.
 
     Args:
-        call: the call.
-        position: of the norm in it.
-        spec: what was normalized, and how.
-        value: its W̄.
+        batch: what was normalized, and how.
+        values: the W̄.
+        vectors: those that the call used.
+        thread: the thread whose uses it serves first, None for all.
+        shared: it is a step's, whose vectors forwards of fused models take in threads without a step of their own,
+            instead of moving them.
+        traced: it is in a graph that is being compiled.
     """
 
-    __slots__ = ("_made", "_scale", "_spec", "_value", "_version", "_weight", "call", "position")
+    __slots__ = ("_quick", "_remade", "_specs", "_traced", "_values", "_versions", "shared", "thread", "vectors")
 
-    def __init__(self, call: StepCall, position: int, spec: WeightSpec, value: Tensor) -> None:
-        self.call, self.position, self._spec, self._value = call, position, spec, value
-        weight, self._scale = spec[0], spec[3]
-        self._made: dict[torch.dtype, _Made] | None = None
-        self._weight: Tensor | None = None
-        if call.plain and self._scale.__class__ is float and not weight.is_inference():
-            self._weight, self._version = weight, weight._version
+    def __init__(
+        self,
+        batch: Batch,
+        values: Sequence[Tensor],
+        vectors: UsedVectors,
+        thread: int | None,
+        shared: bool,
+        traced: bool,
+    ) -> None:
+        self._specs, self._values, self.vectors = batch.specs, values, vectors
+        self.thread, self.shared, self._traced = thread, shared, traced
+        self._quick = batch.quick and not (traced or torch.is_inference_mode_enabled())
+        if self._quick:
+            self._versions = [(spec[0]._version, 0) for spec in batch.specs]
         else:
-            self._made = {spec.dtype: (weight, self._scale, _versions(weight, self._scale, call.traced), value)}
+            self._versions = [_versions(spec.weight, spec.scale, traced) for spec in batch.specs]
+        self._remade: dict[tuple[int, torch.dtype], _Made] = {}
 
-    def of_every_thread(self) -> CachedWeight:
+    def of_every_thread(self) -> CachedWeights:
         """The same for a replica, whose thread is none that has opened a step."""
-        return CachedWeight(self.call._replace(thread=None), self.position, self._spec, self._value)
+        own = copy.copy(self)
+        own.thread, own._remade = None, {}
+        return own
 
-    def vectors(self) -> Vectors:
-        """(u, v) by view."""
-        return self.call.vectors.of(self.position)
-
-    def usual(self, weight: Tensor, scale: Tensor | float) -> Tensor | None:
+    def usual(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
         """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
         not inside of compiled code."""
-        value = self._value
-        if (
-            self._weight is weight
-            and self._scale is scale
-            and self._version == weight._version
-            and weight.dtype is value.dtype
-            and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())
-            and self.call[1] == threading.get_ident()
-            and not (recomputation.uses.active or torch_private.any_autocast() or torch_private.backward_id() != -1)
-        ):
-            return value
+        if self._quick:
+            spec, value = self._specs[position], self._values[position]
+            if (
+                spec[0] is weight
+                and spec[3] is scale
+                and weight._version == self._versions[position][0]
+                and weight.dtype is value.dtype
+                and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())
+                and self.thread == threading.get_ident()
+                and not (recomputation.uses.active or torch_private.any_autocast() or torch_private.backward_id() != -1)
+            ):
+                return value
         return None
 
-    def get(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
+    def get(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
         """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
         that is wanted is not the one that was made; then one made anew with the vectors of the step."""
         # A graph cannot ask whether a weight has changed since the step began, unless the step is in the graph.
-        if (compiling and not self.call.traced) or (not compiling and recomputation.has_own_graph()):
-            return self._make(weight, scale, dtype)
-        if self._made is None:
-            self._made = {self._spec.dtype: (self._spec.weight, self._scale, (self._version, 0), self._value)}
+        spec = self._specs[position]
+        if (compiling and not self._traced) or (not compiling and recomputation.has_own_graph()):
+            return self._make(position, weight, scale, dtype)
         versions = _versions(weight, scale, compiling)
-        made = self._made.get(dtype)
+        made = self._remade.get((position, dtype))
+        if made is None and dtype == spec.dtype:
+            made = (spec.weight, spec.scale, self._versions[position], self._values[position])
         if made is not None:
             own, own_scale, own_versions, value = made
             if (
@@ -97,13 +96,14 @@ class CachedWeight:
                 and (compiling or not value.is_inference() or torch.is_inference_mode_enabled())
             ):
                 return value
-        value = self._make(weight, scale, dtype)
-        self._made[dtype] = (weight, scale, versions, value)
+        value = self._make(position, weight, scale, dtype)
+        self._remade[position, dtype] = (weight, scale, versions, value)
         return value
 
-    def _make(self, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    def _make(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         checks.weight(weight, "weight")
-        return make(self._spec._replace(weight=weight, vectors=self.vectors(), scale=scale, dtype=dtype))
+        vectors = self.vectors.of(position)
+        return make(self._specs[position]._replace(weight=weight, vectors=vectors, scale=scale, dtype=dtype))
 
 
 def make(spec: WeightSpec) -> Tensor:
@@ -116,28 +116,27 @@ def make(spec: WeightSpec) -> Tensor:
         return normalize.normalize(spec, 0, False)[0]
 
 
-def in_force(cached: Sequence[CachedWeight], compiling: bool) -> CachedWeight:
+def in_force(cached: Sequence[Cached], compiling: bool) -> Cached:
     """Of those that last, the newest of this thread; else the newest of all, for the threads of replicas and of
     backward, which have none of their own."""
     newest = cached[-1]
-    thread = newest.call.thread
-    if compiling or thread is None or thread == threading.get_ident():
+    if compiling or _is_of_this_thread(newest):
         return newest
     return next((each for each in reversed(cached) if _is_of_this_thread(each)), newest)
 
 
-def of_this_thread(cached: Sequence[CachedWeight]) -> bool:
+def of_this_thread(cached: Sequence[Cached]) -> bool:
     """Whether one of those that last was opened by this thread."""
     return bool(cached) if torch.compiler.is_compiling() else any(map(_is_of_this_thread, cached))
 
 
-def of_a_step(cached: Sequence[CachedWeight]) -> CachedWeight | None:
-    """The newest that a step has opened, in any thread."""
-    return next((each for each in reversed(cached) if each.call.shared), None)
+def of_a_step(cached: Sequence[Cached]) -> Vectors | None:
+    """The vectors of the newest that a step has opened, in any thread."""
+    return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.shared), None)
 
 
-def _is_of_this_thread(cached: CachedWeight) -> bool:
-    return cached.call.thread in (None, threading.get_ident())
+def _is_of_this_thread(cached: Cached) -> bool:
+    return cached[0].thread in (None, threading.get_ident())
 
 
 def _versions(weight: Tensor, scale: Tensor | float, traced: bool) -> tuple[int, int]:

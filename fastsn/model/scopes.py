@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from itertools import count, repeat
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +15,7 @@ from fastsn import checks, plan, recomputation, weight_cache
 from fastsn.model.sites import sites
 from fastsn.norm import SpectralNorm
 from fastsn.plan import Group
-from fastsn.weight_cache import CachedWeight, StepCall
+from fastsn.weight_cache import Cached, CachedWeights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -159,8 +158,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
         return _nothing  # the vectors of each use are known
     runs_again = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
-    plain = not (compiling or torch.is_inference_mode_enabled())
-    opened: list[tuple[Sequence[SpectralNorm], list[CachedWeight]]] = []
+    opened: list[tuple[Sequence[SpectralNorm], list[Cached]]] = []
 
     def release() -> None:
         for norms, cached in reversed(opened):
@@ -176,8 +174,8 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                         made, vectors = batch.normalize(rounds, advance and rounds > 0)
                     if not (fused or compiling):
                         batch.explain_freed_graphs(made)
-                    call = StepCall(vectors, thread, not fused, compiling, plain)
-                    cached = list(map(CachedWeight, repeat(call), count(), batch.specs, made))
+                    weights = CachedWeights(batch, made, vectors, thread, not fused, compiling)
+                    cached = [(weights, i) for i in range(len(made))]
                     opened.append((norms, cached))
                     for norm, own in zip(norms, cached, strict=True):
                         norm.cached.append(own)
@@ -199,5 +197,5 @@ def _parts(group: Group) -> list[Group]:
     free = [i for i, norm in enumerate(group.norms) if not weight_cache.of_this_thread(norm.cached)]
     steps = {i: weight_cache.of_a_step(group.norms[i].cached) for i in free}
     own = [i for i in free if steps[i] is None]
-    found = {i: step.vectors() for i, step in steps.items() if step is not None}
+    found = {i: vectors for i, vectors in steps.items() if vectors is not None}
     return [part for part in (group.some(own), group.some(list(found), found)) if part.norms]
