@@ -130,7 +130,7 @@ class SpectralNorm(nn.Module):
         if self.ndim == 1:
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
-        region = recomputation.uses if not compiling and recomputation.uses.active else None
+        region = None if compiling else recomputation.region()
         if region is not None and region.replaying is not None:
             return weight_cache.make(
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
@@ -141,11 +141,10 @@ class SpectralNorm(nn.Module):
                 recomputation.record(self, cached.call.vectors, cached.position)
             return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
         checks.weight(weight, "weight")
-        if not compiling and recomputation.in_backward():
-            return weight_cache.make(self.spec(weight))
-        batch, training = normalize.batch(self.spec(weight)), self.training
+        rounds = 0 if not compiling and recomputation.in_backward() else self.rounds()
+        batch = normalize.batch(self.spec(weight))
         with recomputation.unseen_by_checkpoints():
-            (normalized,), vectors = batch.normalize(self.n_power_iterations if training else 0, training)
+            (normalized,), vectors = batch.normalize(rounds, rounds > 0)
         if region is not None:
             recomputation.record(self, vectors, 0)
         return normalized
@@ -196,7 +195,11 @@ class SpectralNorm(nn.Module):
 
     def peek(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
-        return self(weight) if self.cached else self.evaluate(weight)
+        if not self.cached:
+            return self.evaluate(weight)
+        compiling = torch.compiler.is_compiling()
+        cached = weight_cache.in_force(self.cached, compiling)
+        return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
 
     @torch.no_grad()
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS, only: Sequence[str] | None = None) -> None:
