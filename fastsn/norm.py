@@ -135,8 +135,8 @@ class SpectralNorm(nn.Module):
             return weight_cache.make(
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
             )
-        if self.cached:
-            cached = weight_cache.in_force(self.cached, compiling)
+        cached = weight_cache.in_force(self.cached, compiling)
+        if cached is not None:
             if region is not None:
                 recomputation.record(self, cached.call.vectors, cached.position)
             return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
@@ -195,10 +195,10 @@ class SpectralNorm(nn.Module):
 
     def peek(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
-        if not self.cached:
-            return self.evaluate(weight)
         compiling = torch.compiler.is_compiling()
         cached = weight_cache.in_force(self.cached, compiling)
+        if cached is None:
+            return self.evaluate(weight)
         return cached.get(weight, self.scale, self._out_dtype(weight), compiling)
 
     @torch.no_grad()

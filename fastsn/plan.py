@@ -67,7 +67,8 @@ def groups(model: nn.Module) -> Sequence[Group]:
     plan: _Plan | None = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
     if plan is None or not plan.holds_for(model):
         plan = _Plan(model)
-        model.__dict__[_KEY] = plan
+        if plan.is_worth_keeping(model):
+            model.__dict__[_KEY] = plan
     return plan.groups
 
 
@@ -123,7 +124,16 @@ class _Plan:
         self._devices = list({weight.device.type for _, weight in found})
         self._state = self._state_of(model)
         # What the numbers in the state stand for: while it is here, nothing else can have them.
-        self._alive = [x for norm in self._norms for x in (*norm._buffers.values(), *norm._parameters.values())]
+        self._alive: list[Any] = [norm.__dict__.get("scale") for norm in self._norms]
+        self._alive += [x for norm in self._norms for x in (*norm._buffers.values(), *norm._parameters.values())]
+        self._alive += [module for module in modules if isinstance(module, SpectralNorm)]
+        self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
+
+    def is_worth_keeping(self, model: nn.Module) -> bool:
+        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor of a
+        model that is itself a layer and has to be asked for its weight: it would hold itself."""
+        given = torch_private.transforms_active() or any(weight.grad_fn is not None for weight in self._weights)
+        return not (given or any(owner is model for owner in self._owners))
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
@@ -132,6 +142,7 @@ class _Plan:
     def _state_of(self, model: nn.Module) -> list[Any]:
         """The modules, tensors and settings, compared in one pass: some 0.5 microseconds for each norm."""
         state: list[Any] = [torch_private.transforms_active(), torch_private.parametrizations_are_cached()]
+        state.append(torch_private.tracing_state() is None)  # an export, which may be refused
         state += [
             torch.get_autocast_dtype(device) if normalize.autocast_is_on(device) else None for device in self._devices
         ]
@@ -141,7 +152,7 @@ class _Plan:
         state += [id(x) for norm in norms for x in norm._buffers.values()]
         state += [id(x) for norm in norms for x in norm._parameters.values()]  # a scale that is learnt
         state += [_settings(norm.__dict__) for norm in norms]
-        state += [norm.__dict__.get("scale") for norm in norms]
+        state += [id(norm.__dict__.get("scale")) for norm in norms]  # to compare tensors would wait for the device
         holders = [model if holder is None else holder for holder in self._holders]
         state += [id(holder._parameters.get(name)) for holder, name in zip(holders, self._names, strict=True)]
         state += [id(holder._buffers.get(name)) for holder, name in zip(holders, self._names, strict=True)]

@@ -113,10 +113,12 @@ def make(spec: WeightSpec) -> Tensor:
         return normalize.normalize(spec, 0, False)[0]
 
 
-def in_force(cached: Sequence[CachedWeight], compiling: bool) -> CachedWeight:
+def in_force(cached: Sequence[CachedWeight], compiling: bool) -> CachedWeight | None:
     """Of those that last, the newest of this thread; else the newest of all, for the threads of replicas and of
-    backward, which have none of their own."""
-    newest = cached[-1]
+    backward, which have none of their own. None if there are none, as when another thread's has just ended."""
+    newest = cached[-1] if cached else None
+    if newest is None:
+        return None
     thread = newest.call.thread
     if compiling or thread is None or thread == threading.get_ident():
         return newest
