@@ -133,10 +133,10 @@ class SpectralNorm(nn.Module):
     def use(self, weight: Tensor) -> Tensor:
         """``self(weight)``, which the usual use in a step gets in a shorter way."""
         if self.cached and not (torch.compiler.is_compiling() or torch_private.has_hooks(self)):
-            weights, position = self.cached[-1]
-            usual = weights.usual(position, weight, self.scale)
-            if usual is not None:
-                return usual
+            for weights, position in self.cached[-1:]:  # of which another thread's may just have ended
+                usual = weights.usual(position, weight, self.scale)
+                if usual is not None:
+                    return usual
         return self(weight)  # type: ignore[no-any-return]
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -148,21 +148,21 @@ class SpectralNorm(nn.Module):
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
         compiling = torch.compiler.is_compiling()
-        region = recomputation.uses if not compiling and recomputation.uses.active else None
+        region = None if compiling else recomputation.region()
         if region is not None and region.replaying is not None:
             return weight_cache.make(
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
             )
-        if self.cached:
-            weights, position = weight_cache.in_force(self.cached, compiling)
+        cached = weight_cache.in_force(self.cached, compiling)
+        if cached is not None:
+            weights, position = cached
             if region is not None:
                 recomputation.record(self, weights.vectors, position)
             return weights.get(position, weight, self.scale, self._out_dtype(weight), compiling)
-        if not compiling and recomputation.in_backward():
-            return weight_cache.make(self.spec(checks.weight(weight, "weight")))
-        batch, training = self._batch(weight, compiling), self.training
+        rounds = 0 if not compiling and recomputation.in_backward() else self.rounds()
+        batch = self._batch(weight, compiling)
         with recomputation.unseen_by_checkpoints():
-            (normalized,), vectors = batch.normalize(self.n_power_iterations if training else 0, training)
+            (normalized,), vectors = batch.normalize(rounds, rounds > 0)
         if region is not None:
             recomputation.record(self, vectors, 0)
         return normalized
@@ -230,7 +230,12 @@ class SpectralNorm(nn.Module):
 
     def peek(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
-        return self(weight) if self.cached else self.evaluate(weight)
+        compiling = torch.compiler.is_compiling()
+        cached = weight_cache.in_force(self.cached, compiling)
+        if cached is None:
+            return self.evaluate(weight)
+        weights, position = cached
+        return weights.get(position, weight, self.scale, self._out_dtype(weight), compiling)
 
     @torch.no_grad()
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS, only: Sequence[str] | None = None) -> None:

@@ -67,7 +67,8 @@ def groups(model: nn.Module) -> Sequence[Group]:
     plan: _Plan | None = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
     if plan is None or not plan.holds_for(model):
         plan = _Plan(model)
-        model.__dict__[_KEY] = plan
+        if plan.is_worth_keeping(model):
+            model.__dict__[_KEY] = plan
     return plan.groups
 
 
@@ -122,22 +123,30 @@ class _Plan:
         self._devices = list({weight.device.type for _, weight in found})
         self._changes, self._settings = changes.count, self._settings_now()
         self._state = self._state_of(model)
+        self._alive = [module for module in modules if isinstance(module, SpectralNorm)]  # the state has all the others
+        self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
+
+    def is_worth_keeping(self, model: nn.Module) -> bool:
+        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor of a
+        model that is itself a layer and has to be asked for its weight: it would hold itself."""
+        given = torch_private.transforms_active() or any(weight.grad_fn is not None for weight in self._weights)
+        return not (given or any(owner is model for owner in self._owners))
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
         if self._changes != changes.count:  # of some norm; maybe of another model's
-            if self._settings != self._settings_now():
+            if not _same(self._settings, self._settings_now()):
                 return False
             self._changes = changes.count
-        state = self._state_of(model)
-        return len(state) == len(self._state) and all(map(is_, state, self._state))
+        return _same(self._state, self._state_of(model))
 
     def _settings_now(self) -> list[object]:
-        return [(_settings(norm.__dict__), norm.__dict__.get("scale")) for norm in self._norms]
+        return [x for norm in self._norms for x in (*_settings(norm.__dict__), norm.__dict__.get("scale"))]
 
     def _state_of(self, model: nn.Module) -> list[object]:
         """The modules and tensors, to be compared by identity in one pass."""
         state: list[object] = [torch_private.transforms_active(), torch_private.parametrizations_are_cached()]
+        state.append(torch_private.tracing_state() is None)  # an export, which may be refused
         if torch_private.any_autocast():
             on = [device for device in self._devices if normalize.autocast_is_on(device)]
             state += [torch.get_autocast_dtype(device) for device in on]
@@ -159,3 +168,8 @@ class _Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def _same(before: list[object], now: list[object]) -> bool:
+    """By identity: to compare tensors would wait for the device."""
+    return len(before) == len(now) and all(map(is_, before, now))

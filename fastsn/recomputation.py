@@ -23,27 +23,28 @@ class Uses(threading.local):
     active = False  # either of them
     recording: tuple[list[_Use], ...] = ()
     replaying: Iterator[_Use] | None = None
+    backward = -1  # the one that the regions are in: what a backward in them runs again is not theirs
 
 
 uses = Uses()
 
 
 class _Set:
-    """Sets ``recording`` or ``replaying`` for a block; may be entered again, one block after another."""
+    """Sets what is recorded and replayed for a block; may be entered again, one block after another."""
 
-    def __init__(self, name: str, value: Callable[[], Any]) -> None:
-        self._name, self._value = name, value
+    def __init__(self, values: Callable[[], tuple[tuple[list[_Use], ...], Iterator[_Use] | None]]) -> None:
+        self._values = values
 
     def __enter__(self) -> None:
-        self._before = getattr(uses, self._name)
-        self._set(self._value())
+        self._before = uses.active, uses.recording, uses.replaying, uses.backward
+        recording, replaying = self._values()
+        self._set(True, recording, replaying, torch_private.backward_id())
 
     def __exit__(self, *_: object) -> None:
-        self._set(self._before)
+        self._set(*self._before)
 
-    def _set(self, value: Any) -> None:
-        setattr(uses, self._name, value)
-        uses.active = bool(uses.recording) or uses.replaying is not None
+    def _set(self, *values: Any) -> None:
+        uses.active, uses.recording, uses.replaying, uses.backward = values
 
 
 def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -51,10 +52,13 @@ def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[No
 
         y = torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=fastsn.recompute)
 
-    Without it, a region that backward runs again gets the vectors that are in force then: those of the step or of the
-    fused forward that it runs in, else those that are stored. These are the same as in its forward within a step, with
-    ``fuse``, and wherever one forward is followed by its backward; ``context_fn`` is for everything else, such as two
-    forwards before one backward. In any case no norm iterates in a backward.
+    Without it, a region that backward runs again gets the vectors that are in force then: those of the step (or fused
+    forward) that it runs in, else those that are stored. These are the vectors of its forward if both are in one step,
+    and wherever one forward is followed by its backward, fused or not. ``context_fn`` is for everything else: two
+    forwards (or two uses of a layer that is not fused) before one backward, a backward after its step with
+    ``advance=False`` or inside of a later step. In any case no norm iterates in a backward, and none stores.
+
+    Regions may contain regions, steps and fused forwards. A backward that a region itself starts is not recorded.
 
     Returns:
         The contexts of the forward and of the recomputation, as ``context_fn`` has to.
@@ -63,7 +67,18 @@ def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[No
         RuntimeError, from the backward: the region uses other norms when it runs again.
     """
     made: list[_Use] = []
-    return _Set("recording", lambda: (*uses.recording, made)), _Set("replaying", lambda: iter(made))
+
+    def recording() -> tuple[tuple[list[_Use], ...], Iterator[_Use] | None]:
+        around = region()
+        return ((made,), None) if around is None else ((*around.recording, made), around.replaying)
+
+    # Regions around a region that runs again do not see it: they start its backward themselves when they run again.
+    return _Set(recording), _Set(lambda: ((), iter(made)))
+
+
+def region() -> Uses | None:
+    """What is recorded or replayed here; None if nothing is."""
+    return uses if uses.active and uses.backward == torch_private.backward_id() else None
 
 
 def record(norm: object, vectors: UsedVectors, position: int) -> None:
@@ -89,7 +104,7 @@ def in_backward() -> bool:
 
 def has_own_graph() -> bool:
     """Whether it is a reentrant region, which has a backward of its own; others only fill in what the graph lacks."""
-    return in_backward() and not torch_private.saved_tensors_are_seen()
+    return in_backward() and not torch_private.fills_in_a_graph()
 
 
 def unseen_by_checkpoints() -> AbstractContextManager[object]:

@@ -64,6 +64,12 @@ def saved_tensors_are_seen() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def fills_in_a_graph() -> bool:
+    """Whether a checkpoint that is not reentrant runs its region again, only to see what is saved in it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+
+
 def parametrizations_are_cached() -> bool:
     """Whether this is inside ``parametrize.cached()``, which serves one dtype to every reader."""
     return bool(getattr(parametrize, "_cache_enabled", 0))

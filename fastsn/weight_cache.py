@@ -116,11 +116,11 @@ def make(spec: WeightSpec) -> Tensor:
         return normalize.normalize(spec, 0, False)[0]
 
 
-def in_force(cached: Sequence[Cached], compiling: bool) -> Cached:
+def in_force(cached: Sequence[Cached], compiling: bool) -> Cached | None:
     """Of those that last, the newest of this thread; else the newest of all, for the threads of replicas and of
-    backward, which have none of their own."""
-    newest = cached[-1]
-    if compiling or _is_of_this_thread(newest):
+    backward, which have none of their own. None if there are none, as when another thread's has just ended."""
+    newest = cached[-1] if cached else None
+    if newest is None or compiling or _is_of_this_thread(newest):
         return newest
     return next((each for each in reversed(cached) if _is_of_this_thread(each)), newest)
 

@@ -34,6 +34,22 @@ def moved(before: dict[str, Tensor], model: nn.Module) -> set[str]:
     return {k for k, v in model.named_buffers() if not torch.equal(before[k], v)}
 
 
+def replica(module: nn.Module, own_buffers: bool = False) -> nn.Module:
+    """As torch.nn.parallel.replicate makes them, which needs a GPU: shallow, with tensors in a graph. Only the replica
+    on the model's own device shares its buffers."""
+    copies = {each: each._replicate_for_data_parallel() for each in module.modules()}
+    for original, copied in copies.items():
+        for name, child in original._modules.items():
+            copied._modules[name] = copies[child]
+        for name, p in original._parameters.items():
+            if p is not None:
+                copied._parameters.pop(name, None)
+                setattr(copied, name, p * 1)
+        for name, b in original._buffers.items():
+            copied._buffers[name] = b.clone() if own_buffers else b
+    return copies[module]
+
+
 def discriminator(dtype: torch.dtype = torch.float32, variant: str = "bssn") -> nn.Sequential:
     """A small one that learns ``task`` in some steps: layers and a drop-in of one variant."""
     torch.manual_seed(3)

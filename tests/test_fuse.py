@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 import fastsn
 from dispatched import Counted
-from networks import batch, moved, network, state
+from networks import batch, moved, network, replica, state
 
 
 def chain(layers: int = 3) -> nn.Sequential:
@@ -264,21 +264,6 @@ def test_a_step_counts_in_a_fused_forward_of_a_thread_that_has_opened_nothing(ad
     assert moved(before, model) == set(before)  # after it forwards advance again, in any thread
 
 
-def _replica(module: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate makes them, which needs a GPU: shallow, with tensors in a graph."""
-    copies = {each: each._replicate_for_data_parallel() for each in module.modules()}
-    for original, replica in copies.items():
-        for name, child in original._modules.items():
-            replica._modules[name] = copies[child]
-        for name, p in original._parameters.items():
-            if p is not None:
-                replica._parameters.pop(name, None)
-                setattr(replica, name, p * 1)
-        for name, b in original._buffers.items():
-            replica._buffers[name] = b
-    return copies[module]
-
-
 def test_a_backward_in_another_thread_leaves_the_graph_of_a_step_alone():
     model, x = fastsn.fuse(network()), batch()
     errors = []
@@ -302,7 +287,7 @@ def test_replicas_normalize_in_their_threads_and_are_served_by_a_step_around_the
     model, x = fastsn.fuse(chain(2)), image()
     twin = copy.deepcopy(model)
     with fastsn.step(model):
-        replicas = [_replica(model), _replica(model)]
+        replicas = [replica(model), replica(model)]
         outputs: dict[int, Tensor] = {}
         threads = [
             threading.Thread(target=lambda i=i: outputs.__setitem__(i, replicas[i](x * (i + 1)))) for i in range(2)

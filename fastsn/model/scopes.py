@@ -38,8 +38,9 @@ class step:
     steps the inner one counts; one that an exception leaves has ended.
 
     Activation checkpointing: in a backward no norm iterates. A region that backward runs again gets the vectors of the
-    step that it runs in, outside of any step the stored ones: those of its forward, unless other forwards have come
-    between or ``advance`` is False. ``fastsn.recompute`` is for these.
+    step that it runs in, outside of any step the stored ones. With the backward inside the block these are those of its
+    forward; after it, only if ``advance`` is True and no other forward or step has come between. Otherwise pass
+    ``context_fn=fastsn.recompute``.
 
     Threads: a step counts in the thread that has opened it, and in those that have opened none, as the threads of
     ``DataParallel`` and of ``backward``.
@@ -154,7 +155,8 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     """One call for all weights; for a ``fused`` forward, for those that this thread does not hold already. Returns what
     ends it."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and recomputation.uses.replaying is not None:
+    region = None if compiling else recomputation.region()
+    if region is not None and region.replaying is not None:
         return _nothing  # the vectors of each use are known
     runs_again = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
@@ -166,19 +168,19 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                 norm.cached.pop() if compiling else norm.cached.remove(own)
 
     try:
-        for group in plan.groups(model):
-            for part in _parts(group) if fused else [group]:
-                rounds = 0 if runs_again else part.rounds
-                for batch, norms in part.batches():
-                    with recomputation.unseen_by_checkpoints():
+        with recomputation.unseen_by_checkpoints():  # also what makes the weights, which is not run again each time
+            for group in plan.groups(model):
+                for part in _parts(group) if fused else [group]:
+                    rounds = 0 if runs_again else part.rounds
+                    for batch, norms in part.batches():
                         made, vectors = batch.normalize(rounds, advance and rounds > 0)
-                    if not (fused or compiling):
-                        batch.explain_freed_graphs(made)
-                    weights = CachedWeights(batch, made, vectors, thread, not fused, compiling)
-                    cached = [(weights, i) for i in range(len(made))]
-                    opened.append((norms, cached))
-                    for norm, own in zip(norms, cached, strict=True):
-                        norm.cached.append(own)
+                        if not (fused or compiling):
+                            batch.explain_freed_graphs(made)
+                        weights = CachedWeights(batch, made, vectors, thread, not fused, compiling)
+                        cached = [(weights, i) for i in range(len(made))]
+                        opened.append((norms, cached))
+                        for norm, own in zip(norms, cached, strict=True):
+                            norm.cached.append(own)
     except BaseException:
         release()
         raise

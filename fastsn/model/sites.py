@@ -100,20 +100,20 @@ def sites(model: nn.Module) -> list[Site]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     found: list[Site] = []
-    seen: set[nn.Module] = {model}
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        children = module._modules
-        if isinstance(module, NormalizedLayer) or "parametrizations" in children:
-            found.extend(sites_of(module, prefix))
-        for name, child in children.items():
-            if child is not None and child not in seen:
-                seen.add(child)
-                if child._modules:
-                    visit(child, f"{prefix}.{name}" if prefix else name)
-
-    visit(model, "")
+    _visit(model, "", found, {model})
     return found
+
+
+def _visit(module: nn.Module, prefix: str, found: list[Site], seen: set[nn.Module]) -> None:
+    """Not a function in ``sites``, which would hold itself, and the model, until the garbage collector comes."""
+    children = module._modules
+    if isinstance(module, NormalizedLayer) or "parametrizations" in children:
+        found.extend(sites_of(module, prefix))
+    for name, child in children.items():
+        if child is not None and child not in seen:
+            seen.add(child)
+            if child._modules:
+                _visit(child, f"{prefix}.{name}" if prefix else name, found, seen)
 
 
 def weights(model: nn.Module, vectors_too: bool = True) -> list[tuple[Site, Tensor]]:
