@@ -5,7 +5,7 @@ Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -13,17 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsn import checks, loading, normalize, recomputation, reference, torch_private, variants, views, weight_cache
+from fastsn import checks, normalize, recomputation, reference, torch_private, variants, views, weight_cache
 from fastsn.backends import available, chosen
 from fastsn.exporting import refuse_onnx
 from fastsn.normalize import Batch, WeightSpec
 from fastsn.reference import Sigmas, Vectors
+from fastsn.stored_vectors import WARM_UP_ITERATIONS, StoredVectors
 from fastsn.weight_cache import Cached
 
-WARM_UP_ITERATIONS = 15  # what torch spends at construction
-
 _settings = itemgetter("dim", "impl", "v_first")
-_BUFFERS = {"out": ("_u", "_v"), "in": ("_u_in", "_v_in")}
 
 
 class _Changes:
@@ -35,7 +33,7 @@ class _Changes:
 changes = _Changes()
 
 
-class SpectralNorm(nn.Module):
+class SpectralNorm(StoredVectors):
     r"""Normalizes one weight: ``norm(weight)`` returns :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
 
     In training mode every call first runs ``n_power_iterations`` rounds of :math:`u \leftarrow M v / \|M v\|`,
@@ -60,9 +58,7 @@ class SpectralNorm(nn.Module):
             that are not in it are drawn and iterated. For norms that take the place of others.
         v_first: a round updates v before u, as in torch's old hook ``torch.nn.utils.spectral_norm``.
 
-    Buffers: ``_u`` (O), ``_v`` (I·K) of the view `out`; ``_u_in`` (O·K), ``_v_in`` (I) of the view `in` where the
-    variant uses it and K > 1. Unit vectors in float32 (the weight's own dtype if that is wider), which they keep when
-    the module is cast to half precision. A vector that would become zero or non-finite is not stored.
+    Buffers: u and v, see ``StoredVectors``.
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what was expected and what came.
@@ -104,25 +100,14 @@ class SpectralNorm(nn.Module):
         self.follows_autocast = follows_autocast
         self.v_first = checks.flag(v_first, "v_first")
         given: Any = checks.vectors_by_view({} if vectors is None else vectors)
-        self.views: tuple[str, ...] = ()
         self.cached = []
         self._kept: tuple[list[object], Batch] | None = None
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
-            oik, wide = views.as_oik(weight.detach(), self.dim), reference.wide(weight.dtype)
-            self.views = views.distinct(row.views, oik)
-            for view in self.views:
-                sizes = views.vector_sizes(oik, view)
-                pair = given[view] if view in given else [self._draw(oik.new_empty(n, dtype=wide)) for n in sizes]
-                checks.lengths(pair, sizes, f"vectors[{view!r}]")
-                for name, vector in zip(_BUFFERS[view], pair, strict=True):
-                    self.register_buffer(name, vector.to(wide))
-            fresh = {view: pair for view, pair in self.vectors().items() if view not in given}
+            oik = views.as_oik(weight.detach(), self.dim)
+            fresh = self.store(oik, views.distinct(row.views, oik), given)
             if fresh and not weight.is_meta:
                 normalize.batch(self.spec(weight)._replace(vectors=fresh)).iterate(WARM_UP_ITERATIONS)
-
-    def _draw(self, vector: Tensor) -> Tensor:
-        return F.normalize(vector.normal_(0, 1), dim=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale" and not isinstance(value, Tensor):  # tensors: FSDP and replicas put theirs here all the time
@@ -180,7 +165,7 @@ class SpectralNorm(nn.Module):
         if kept is not None and len(kept[0]) == len(state) and all(map(is_, kept[0], state)):
             return kept[1]
         batch = normalize.batch(self.spec(checks.weight(weight, "weight")))
-        if weight.is_leaf:  # another one is a new tensor each time, and has a graph
+        if isinstance(weight, nn.Parameter):  # what others make is a new tensor each time, and may have a graph
             self.__dict__["_kept"] = (state, batch)
         return batch
 
@@ -191,11 +176,6 @@ class SpectralNorm(nn.Module):
     def right_inverse(self, value: Tensor) -> Tensor:
         """Assigning to a parametrized tensor stores the value as it is, as torch does."""
         return value
-
-    def vectors(self) -> Vectors:
-        """The stored (u, v) of each view: the buffers themselves."""
-        stored = self._buffers  # not getattr: this is asked for at every use of every layer
-        return {view: (stored[_BUFFERS[view][0]], stored[_BUFFERS[view][1]]) for view in self.views}  # type: ignore[misc]
 
     def rounds(self) -> int:
         """How many power iterations a use costs in this mode."""
@@ -214,14 +194,6 @@ class SpectralNorm(nn.Module):
         """sigma of each view for the stored vectors, differentiable in the weight."""
         with normalize.no_autocast(weight):
             return reference.sigmas([self._oik(weight)], [self.vectors()])[0]
-
-    def measure_untracked(self, weight: Tensor, view: str, iterations: int = 30) -> Tensor:
-        """sigma of a view without stored vectors, iterated from a start that is always the same: a lower bound."""
-        oik, draw = self._oik(weight), torch.Generator("cpu").manual_seed(0)
-        start = [torch.randn(n, generator=draw, device="cpu").to(oik.device) for n in views.vector_sizes(oik, view)]
-        vectors: list[Vectors] = [{view: (start[0], start[1])}]
-        with normalize.no_autocast(weight):
-            return reference.sigmas([oik], reference.power_iteration([oik], vectors, iterations))[0][view]
 
     def evaluate(self, weight: Tensor) -> Tensor:
         """What evaluation mode returns outside any step and autocast, whatever the mode: not a use, nothing moves."""
@@ -243,12 +215,7 @@ class SpectralNorm(nn.Module):
         non-finite, far from length 1, as ``to_empty`` leaves them), then iterate and store, whatever the mode. No scale
         is needed for it."""
         wanted = self.views if only is None else only
-        for name in (name for view in wanted for name in _BUFFERS[view]):
-            vector = getattr(self, name)
-            if vector.is_meta:
-                setattr(self, name, self._draw(torch.empty_like(vector, device=weight.device)))
-            elif not 0.5 < float(torch.linalg.vector_norm(vector)) < 2:
-                vector.copy_(self._draw(vector))
+        self.redraw_unusable(wanted, weight.device)
         if wanted:
             vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
             spec = WeightSpec(weight, self.dim, vectors, 1.0, weight.dtype, self.impl, self.v_first)
@@ -266,50 +233,6 @@ class SpectralNorm(nn.Module):
         if not castable or not normalize.autocast_is_on(device) or torch_private.parametrizations_are_cached():
             return dtype
         return torch.get_autocast_dtype(device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != reference.wide(new.dtype):
-                self._buffers[name] = old.to(new.device, reference.wide(new.dtype))
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing: list[str],
-        *rest: Any,
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-        for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
-            if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
-                self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
-        self._lacking = (prefix, [v for v in self.views if any(prefix + x not in state_dict for x in _BUFFERS[v])])
-
-    def after_loading(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
-        """Bring the vectors to a weight that was loaded without them. The owner calls it, when all of it is loaded."""
-        prefix, lacking = self.__dict__.pop("_lacking", ("", []))
-        if not lacking:
-            return
-        owner = prefix.rpartition(".")[0].rpartition(".")[0]
-        layer, *chains = (
-            f"{owner}.{name}".lstrip(".") for name in ("weight", "original", "parametrizations.weight.original")
-        )
-        # A weight that is missing too belongs to a layer that is not in the checkpoint.
-        if not any(key == layer or key.startswith(tuple(chains)) for key in missing):
-            loading.warn(missing, owner, ("u", "v") if "out" in lacking else ("u_in", "v_in"), WARM_UP_ITERATIONS)
-            value = weight()
-            if not (value.is_meta or torch_private.is_sharded(value)):
-                self.warm_up(value, only=lacking)
-            if lacking == ["in"]:  # a checkpoint of a variant without this view, which has all that it can have
-                own = {prefix + name for name in _BUFFERS["in"]}
-                if own.issubset(missing):  # all of it, or somebody else has lost one
-                    missing[:] = [key for key in missing if key not in own]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step serves carries graphs and belongs to the step, not to copies of the module.

@@ -15,10 +15,11 @@ PACKAGE = Path(fastsn.__file__).parent
 ROOT = PACKAGE.parent
 # Data flows one way: a module imports only from those further down, and leaves only from torch.
 ORDER = """
-    memory distributed interop.state_dict interop.state_dict_entries interop.convert interop.torch_hook interop.adapters
-    model.tools model.scopes plan parametrize tensor_property initialization model.sites layers norm loading exporting
-    weight_cache recomputation normalize ops ops.cuda ops.autograd ops.fallback ops.checks ops.schema backends origin checks
-    interop.state_dict_layouts torch_private views variants reference
+    memory distributed interop.state_dict interop.state_dict_entries interop.convert interop.torch_hook
+    interop.adapters model.tools model.scopes plan parametrize tensor_property initialization model.sites layers
+    norm stored_vectors loading exporting weight_cache recomputation normalize ops ops.cuda ops.autograd
+    ops.fallback ops.checks ops.schema backends origin checks interop.state_dict_layouts torch_private views
+    variants reference
     triton.launch triton.rescale_calls triton.iteration_calls triton.plan triton.memory triton.settings triton.rescale
     triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement tensor_lists
     interop model triton

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsn import checks, normalize, reference, views
 from fastsn.interop.state_dict_layouts import Entry, Found, Layout
-from fastsn.norm import WARM_UP_ITERATIONS
+from fastsn.stored_vectors import WARM_UP_ITERATIONS
 
 _PAIRS = {"out": ("u", "v"), "in": ("u_in", "v_in")}
 _VECTORS = [part for pair in _PAIRS.values() for part in pair]

@@ -13,8 +13,9 @@ from fastsn import checks, normalize, reference, views
 from fastsn.layers import NormalizedLayer, after_loading
 from fastsn.model import scopes
 from fastsn.model.sites import Site, evaluated, weights
-from fastsn.norm import WARM_UP_ITERATIONS
 from fastsn.parametrize import own_class
+from fastsn.reference import Vectors
+from fastsn.stored_vectors import WARM_UP_ITERATIONS
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,14 +52,23 @@ def _measure(site: Site, weight: Tensor) -> Tensor:
     if weight.ndim == 1:
         norm: Tensor = torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype)))
         return norm.expand(3)
-    tracked = site.norm.measure(weight)
+    tracked, oik = site.norm.measure(weight), views.as_oik(weight, site.norm.dim)
     if "in" in tracked:
         last = tracked["in"]
-    elif views.as_oik(weight, site.norm.dim).shape[2] == 1:  # both reshapes are one matrix
+    elif oik.shape[2] == 1:  # both reshapes are one matrix
         last = tracked["out"]
     else:
-        last = site.norm.measure_untracked(weight, "in")
+        last = _measure_untracked(oik, "in")
     return torch.stack([torch.real(x) for x in (reference.mean_sigma(tracked), tracked["out"], last)])
+
+
+def _measure_untracked(oik: Tensor, view: str, iterations: int = 30) -> Tensor:
+    """sigma of a view without stored vectors, iterated from a start that is always the same: a lower bound."""
+    draw = torch.Generator("cpu").manual_seed(0)
+    start = [torch.randn(n, generator=draw, device="cpu").to(oik.device) for n in views.vector_sizes(oik, view)]
+    vectors: list[Vectors] = [{view: (start[0], start[1])}]
+    with normalize.no_autocast(oik):
+        return reference.sigmas([oik], reference.power_iteration([oik], vectors, iterations))[0][view]
 
 
 @torch.no_grad()
