@@ -10,7 +10,7 @@ that has it less one that has not. First, with small weights, the results are co
 
 "step" is all of it as users write it: ``fastsn.step`` of BSSN layers, each of which asks for its weight, and a backward
 from these weights to the gradients of the parameters. "floor" is what torch alone takes for one op in the place of
-fastsn, ``torch._foreach_mul`` of weights with one element. Both less a backward that goes straight to the parameters.
+fastsn, ``torch._foreach_mul`` of weights with one element. Both less a step without any op.
 """
 
 from __future__ import annotations
@@ -90,12 +90,11 @@ def steps_of_users(plain: nn.ModuleList) -> dict[str, Step]:
     def step() -> None:
         with fastsn.step(net):
             weights = [layer.normalized()[0] for layer in layers]
-        torch.autograd.grad(weights, parameters, gradients)
+        torch.autograd.grad(Feed.apply(gradients, *weights), parameters)
 
     return {
         "step": step,
-        "floor": lambda: torch.autograd.grad(torch._foreach_mul(ones, 1.5), ones, ones),
-        "plain": lambda: torch.autograd.grad(ones, ones, ones),
+        "floor": lambda: torch.autograd.grad(Feed.apply(ones, *torch._foreach_mul(ones, 1.5)), ones),
     }
 
 
@@ -103,9 +102,9 @@ def microseconds(weights: list[Tensor], plain: nn.ModuleList) -> dict[str, float
     """Medians of the ops, and of a step of a user."""
     timed = {**steps(weights), **steps_of_users(plain)}
     found = {name: 1e6 * statistics.median(times) for name, times in interleaved(timed, SECONDS).items()}
-    total, network = found.pop("whole") - found.pop("feed"), found.pop("plain")
-    users = {name: found.pop(name) - network for name in ("step", "floor")}
-    return {**found, "backward": total - sum(found.values()), "all": total, **users}
+    feed = found.pop("feed")
+    total, step, floor = (found.pop(name) - feed for name in ("whole", "step", "floor"))
+    return {**found, "backward": total - sum(found.values()), "all": total, "step": step, "floor": floor}
 
 
 @contextmanager
