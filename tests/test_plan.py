@@ -21,6 +21,7 @@ import fastsn
 from dispatched import Counted
 from fastsn import plan
 from fastsn.layers import NormalizedLayer
+from fastsn.norm import changes
 from networks import moved, state
 
 Context = AbstractContextManager[object]
@@ -509,6 +510,42 @@ def test_what_is_replaced_is_freed_after_the_next_step(scope):
         assert layer() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("scope", ["step", "fuse"])
+def test_fold_frees_what_it_replaces(scope):
+    model = used(scope, without_parametrizations)
+    train(model.list, "step")  # parts have plans of their own
+    held = [weakref.ref(x) for x in (model.learnt.weight, model.list[0].weight, model.learnt.spectral_norm._u)]
+    gc.disable()
+    try:
+        fastsn.fold(model)
+        assert [x() for x in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_has_lost_its_last_norm_holds_none():
+    model = used("step", lambda: nn.Sequential(fastsn.SNLinear(3, 3)))
+    layer = weakref.ref(model[0])
+    model[0] = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="must have norms of fastsn, got none"), fastsn.step(model):
+        pass
+    gc.collect()
+    assert layer() is None
+
+
+def test_changes_in_threads_are_never_counted_as_none():
+    """A thread that has read a number before another has set it may write an old one; never one that a plan has."""
+    seen = set()
+    norm = fastsn.SNLinear(3, 3).spectral_norm
+    for _ in range(3):
+        before = changes.count
+        for n in range(1, 4):
+            norm.n_power_iterations = n
+            assert changes.count not in seen
+            seen.add(changes.count)
+        changes.count = before  # what another thread had read
 
 
 @pytest.mark.parametrize("frozen", [True, False])
