@@ -136,10 +136,12 @@ class _Plan:
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
     def is_worth_keeping(self, model: nn.Module) -> bool:
-        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor of a
-        model that is itself a layer and has to be asked for its weight: it would hold itself."""
+        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor what
+        TorchScript traces, which is to see the ops of the schema; nor of a model that is itself a layer and has to be
+        asked for its weight: it would hold itself."""
         given = torch_private.transforms_active() or any(weight.grad_fn is not None for weight in self._weights)
-        return not (given or any(owner is model for owner in self._owners))
+        traced = torch_private.tracing_state() is not None
+        return not (given or traced or any(owner is model for owner in self._owners))
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -567,6 +568,26 @@ def test_a_weight_that_is_kept_stays_as_it_is_and_holds_no_other(scope, frozen):
         with torch.no_grad():
             model.learnt.weight.mul_(2)
     assert torch.equal(kept, value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+@pytest.mark.parametrize("scope", ["step", "fuse"])
+def test_torchscript_sees_the_same_ops_at_every_trace(scope):
+    net = nn.Sequential(fastsn.SNLinear(4, 4), fastsn.SNLinear(4, 4))
+    net = fastsn.fuse(net) if scope == "fuse" else net
+
+    class Scoped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            with fastsn.step(self.net) if scope == "step" else nullcontext():
+                return self.net(x)
+
+    for _ in range(3):
+        graph = torch.jit.trace(Scoped(), torch.ones(1, 4), check_trace=False).inlined_graph
+        assert re.findall(r"fastsn::(\w+)", str(graph)) == ["power_iteration_", "rescale"]
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
