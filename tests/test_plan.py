@@ -570,7 +570,7 @@ def test_a_weight_that_is_kept_stays_as_it_is_and_holds_no_other(scope, frozen):
     assert torch.equal(kept, value)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+@pytest.mark.filterwarnings("ignore")  # the tracer's
 @pytest.mark.parametrize("scope", ["step", "fuse"])
 def test_torchscript_sees_the_same_ops_at_every_trace(scope):
     net = nn.Sequential(fastsn.SNLinear(4, 4), fastsn.SNLinear(4, 4))
