@@ -5,6 +5,7 @@ Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from operator import is_, itemgetter
 from typing import Any
@@ -25,9 +26,11 @@ _settings = itemgetter("dim", "impl", "v_first")
 
 
 class _Changes:
-    """How often an attribute of any norm has been set: a plan of a model asks no further while it stays the same."""
+    """A number that is another one whenever an attribute of any norm has been set, in any thread: a plan of a model
+    asks no further while it stays the same."""
 
     count = 0
+    following = itertools.count(1).__next__  # atomic, as += is not
 
 
 changes = _Changes()
@@ -113,7 +116,7 @@ class SpectralNorm(StoredVectors):
         if name == "scale" and not isinstance(value, Tensor):  # tensors: FSDP and replicas put theirs here all the time
             value = checks.scale(value, variants.get(self.variant))
         super().__setattr__(name, value)
-        changes.count += 1
+        changes.count = changes.following()
 
     def use(self, weight: Tensor) -> Tensor:
         """``self(weight)``, which the usual use in a step gets in a shorter way."""

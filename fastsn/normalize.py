@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsn import ops, reference, torch_private, views
 from fastsn.backends import chosen, served_by
@@ -118,11 +118,12 @@ class KernelBatch(Batch):
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         store = store and n > 0
         if self._used and _IN_ONE_CALL and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
-            if self._known is None:
+            if self._known is None and self._may_be_known():
                 lists = (self.weights, self.u, self.v, self.scales)
                 self._known = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
-            outputs, vectors = torch.ops.fastsn._normalize(self._known, n, store)
-            return outputs, UsedVectors(self.stored, vectors)
+            if self._known is not None:
+                outputs, vectors = torch.ops.fastsn._normalize(self._known, n, store)
+                return outputs, UsedVectors(self.stored, vectors)
         self._used = True
         iterated = ops.power_iteration_ if store else ops.power_iteration
         sigma, vectors = iterated(self.weights, self.u, self.v, *self._iteration, n)
@@ -132,6 +133,13 @@ class KernelBatch(Batch):
         if not all(wanted):  # an op gives all of its results a graph as soon as one needs it
             outputs = [w if own else w.detach() for w, own in zip(outputs, wanted, strict=True)]
         return outputs, UsedVectors(self.stored, vectors)
+
+    def _may_be_known(self) -> bool:
+        """Not tensors of other classes, which are to see the ops of the schema, nor any that torch is to swap, as it
+        does with some of these classes anyway: it refuses that for tensors that C++ refers to."""
+        given = (*self.weights, *self.u, *self.v, *self.scales)
+        plain = all(type(x) in (Tensor, nn.Parameter) for x in given)
+        return plain and not torch.__future__.get_swap_module_params_on_conversion()
 
 
 class ReferenceBatch(Batch):

@@ -66,10 +66,19 @@ def groups(model: nn.Module) -> Sequence[Group]:
         return _groups(_weights(model))
     plan: _Plan | None = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
     if plan is None or not plan.holds_for(model):
-        plan = _Plan(model)
+        try:
+            plan = _Plan(model)
+        except (TypeError, ValueError):
+            forget(model)  # it may hold the norms that are no longer there
+            raise
         if plan.is_worth_keeping(model):
             model.__dict__[_KEY] = plan
     return plan.groups
+
+
+def forget(model: nn.Module) -> None:
+    """Free what was found for this model."""
+    model.__dict__.pop(_KEY, None)
 
 
 _KEY = "_fastsn_plan"  # in the __dict__ of a model
@@ -127,17 +136,20 @@ class _Plan:
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
     def is_worth_keeping(self, model: nn.Module) -> bool:
-        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor of a
-        model that is itself a layer and has to be asked for its weight: it would hold itself."""
+        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor what
+        TorchScript traces, which is to see the ops of the schema; nor of a model that is itself a layer and has to be
+        asked for its weight: it would hold itself."""
         given = torch_private.transforms_active() or any(weight.grad_fn is not None for weight in self._weights)
-        return not (given or any(owner is model for owner in self._owners))
+        traced = torch_private.tracing_state() is not None
+        return not (given or traced or any(owner is model for owner in self._owners))
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
-        if self._changes != changes.count:  # of some norm; maybe of another model's
+        count = changes.count  # before the settings are read, which another thread may change
+        if self._changes != count:  # of some norm; maybe of another model's
             if not _same(self._settings, self._settings_now()):
                 return False
-            self._changes = changes.count
+            self._changes = count
         return _same(self._state, self._state_of(model))
 
     def _settings_now(self) -> list[object]:
@@ -149,7 +161,7 @@ class _Plan:
         state.append(torch_private.tracing_state() is None)  # an export, which may be refused
         if torch_private.any_autocast():
             on = [device for device in self._devices if normalize.autocast_is_on(device)]
-            state += [torch.get_autocast_dtype(device) for device in on]
+            state += [x for device in on for x in (device, torch.get_autocast_dtype(device))]
         state += model._modules.values()
         state += [child for module in self._modules for child in module._modules.values()]
         state += [x for norm in self._norms for x in norm._buffers.values()]

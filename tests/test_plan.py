@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import fastsn
 from dispatched import Counted, needs_kernels
 from fastsn import plan
 from fastsn.layers import NormalizedLayer
+from fastsn.norm import changes
 from networks import moved, state
 
 Context = AbstractContextManager[object]
@@ -542,6 +544,42 @@ def test_what_is_replaced_is_freed_after_the_next_step(scope):
         gc.enable()
 
 
+@pytest.mark.parametrize("scope", ["step", "fuse"])
+def test_fold_frees_what_it_replaces(scope):
+    model = used(scope, without_parametrizations)
+    train(model.list, "step")  # parts have plans of their own
+    held = [weakref.ref(x) for x in (model.learnt.weight, model.list[0].weight, model.learnt.spectral_norm._u)]
+    gc.disable()
+    try:
+        fastsn.fold(model)
+        assert [x() for x in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_has_lost_its_last_norm_holds_none():
+    model = used("step", lambda: nn.Sequential(fastsn.SNLinear(3, 3)))
+    layer = weakref.ref(model[0])
+    model[0] = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="must have norms of fastsn, got none"), fastsn.step(model):
+        pass
+    gc.collect()
+    assert layer() is None
+
+
+def test_changes_in_threads_are_never_counted_as_none():
+    """A thread that has read a number before another has set it may write an old one; never one that a plan has."""
+    seen = set()
+    norm = fastsn.SNLinear(3, 3).spectral_norm
+    for _ in range(3):
+        before = changes.count
+        for n in range(1, 4):
+            norm.n_power_iterations = n
+            assert changes.count not in seen
+            seen.add(changes.count)
+        changes.count = before  # what another thread had read
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("scope", ["step", "fuse"])
 def test_a_weight_that_is_kept_stays_as_it_is_and_holds_no_other(scope, frozen):
@@ -561,6 +599,26 @@ def test_a_weight_that_is_kept_stays_as_it_is_and_holds_no_other(scope, frozen):
         with torch.no_grad():
             model.learnt.weight.mul_(2)
     assert torch.equal(kept, value)
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer's
+@pytest.mark.parametrize("scope", ["step", "fuse"])
+def test_torchscript_sees_the_same_ops_at_every_trace(scope):
+    net = nn.Sequential(fastsn.SNLinear(4, 4), fastsn.SNLinear(4, 4))
+    net = fastsn.fuse(net) if scope == "fuse" else net
+
+    class Scoped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            with fastsn.step(self.net) if scope == "step" else nullcontext():
+                return self.net(x)
+
+    for _ in range(3):
+        graph = torch.jit.trace(Scoped(), torch.ones(1, 4), check_trace=False).inlined_graph
+        assert re.findall(r"fastsn::(\w+)", str(graph)) == ["power_iteration_", "rescale"]
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

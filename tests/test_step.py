@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -306,6 +307,21 @@ def test_steps_nest_and_an_exception_ends_them():
     with pytest.raises(KeyError), fastsn.step(layer):
         raise KeyError
     assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("scope", ["step", "fuse"])
+def test_a_step_that_is_interrupted_as_it_begins_leaves_nothing_behind(scope):
+    class Interrupted(list):
+        def append(self, _: object) -> None:
+            raise KeyboardInterrupt
+
+    net = nn.Sequential(fastsn.SNLinear(4, 4).double(), *(fastsn.SNLinear(4, 4) for _ in range(3)))
+    norms = [layer.spectral_norm for layer in net]
+    norms[2].cached = Interrupted()
+    begin = fastsn.step(net).__enter__ if scope == "step" else partial(fastsn.fuse(net), torch.ones(1, 4))
+    with pytest.raises(KeyboardInterrupt):
+        begin()
+    assert [norm.cached for norm in norms] == [[]] * 4
 
 
 def test_a_step_can_be_entered_once():

@@ -94,8 +94,9 @@ def fuse(model: Module) -> Module:
 
 
 def separate(model: nn.Module) -> None:
-    """Take back ``fuse``, of the model and of all in it."""
+    """Take back ``fuse``, of the model and of all in it, and forget what was found for steps."""
     for module in model.modules():
+        plan.forget(module)
         for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
@@ -145,8 +146,9 @@ def _leave(model: nn.Module, *_: Any) -> None:
     # What lies above was entered by forwards that never came to their end.
     stack = _entered.stack
     while any(forward.model is model for forward in stack):
-        forward = stack.pop()
+        forward = stack[-1]
         forward.release()
+        stack.pop()  # afterwards: what is interrupted in between, the next forward ends
         if forward.model is model:
             break
 
@@ -165,7 +167,10 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     def release() -> None:
         for norms, cached in reversed(opened):
             for norm, own in zip(norms, cached, strict=False):
-                norm.cached.pop() if compiling else norm.cached.remove(own)
+                if compiling:
+                    norm.cached.pop()
+                elif own in norm.cached:  # not of a call that was interrupted
+                    norm.cached.remove(own)
 
     try:
         with recomputation.unseen_by_checkpoints():  # also what makes the weights, which is not run again each time
