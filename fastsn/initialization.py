@@ -18,7 +18,7 @@ from fastsn.model.sites import evaluated, sites_of
 from fastsn.norm import SpectralNorm
 
 
-def initializable(module: nn.Module) -> None:
+def patch_initialization(module: nn.Module) -> None:
     """Give a parametrized module, whose class is its own or that of its copies, methods that see to it. An ``apply`` of
     the user's own, which means something else, stays."""
     kind: Any = type(module)

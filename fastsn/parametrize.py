@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastsn import checks, views
-from fastsn.initialization import initializable
+from fastsn.initialization import patch_initialization
 from fastsn.model.sites import evaluated, sites_of
 from fastsn.norm import SpectralNorm
 from fastsn.tensor_property import read_quickly
@@ -93,7 +93,7 @@ def spectral_norm(
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
     brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
-    initializable(module)
+    patch_initialization(module)
     read_quickly(module, name)
     return module
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import layers, normalize, variants, views
-from fastsn.initialization import initializable
+from fastsn.initialization import patch_initialization
 from fastsn.layers import NormalizedLayer
 from fastsn.model.sites import Site, evaluated
 from fastsn.norm import SpectralNorm
@@ -111,7 +111,7 @@ class Parametrization(_Present):
         self._chain[self._site.position] = norm  # type: ignore[index]
         brought_up_after_loading(self._chain)
         own_class(self.owner)
-        initializable(self.owner)
+        patch_initialization(self.owner)
         read_quickly(self.owner, self.tensor)
 
 
@@ -176,7 +176,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     if parametrize.is_parametrized(owner, tensor):
         chain_of(owner, tensor).append(norm.train(owner.training))
         brought_up_after_loading(chain_of(owner, tensor))
-        initializable(owner)
+        patch_initialization(owner)
         read_quickly(owner, tensor)
         return
     own_class(owner)
@@ -187,7 +187,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     chain = chain_of(owner, tensor)
     chain.original, chain.unsafe = original, False
     brought_up_after_loading(chain)
-    initializable(owner)
+    patch_initialization(owner)
     read_quickly(owner, tensor)
 
 
