@@ -18,7 +18,7 @@ from fastsn import checks, views
 from fastsn.initialization import patch_initialization
 from fastsn.model.sites import evaluated, sites_of
 from fastsn.norm import SpectralNorm
-from fastsn.tensor_property import read_quickly
+from fastsn.tensor_property import install_fast_property
 
 SPECTRAL_NORMS = (SpectralNorm, TorchNorm)
 
@@ -88,13 +88,13 @@ def spectral_norm(
         impl=impl,
         follows_autocast=follows_autocast(module, name),
     )
-    own_class(module)
+    unshare_class(module)
     # Registering evaluates once and insists on an unchanged dtype.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
     brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
     patch_initialization(module)
-    read_quickly(module, name)
+    install_fast_property(module, name)
     return module
 
 
@@ -129,7 +129,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def own_class(module: nn.Module) -> None:
+def unshare_class(module: nn.Module) -> None:
     """Copies of a parametrized module share its class, where torch adds and deletes the property of a tensor. After
     this, what it does there is done to no copy."""
     if parametrize.is_parametrized(module):

@@ -13,11 +13,11 @@ from fastsn import torch_private
 from fastsn.norm import SpectralNorm
 
 
-def read_quickly(module: nn.Module, tensor: str) -> None:
+def install_fast_property(module: nn.Module, tensor: str) -> None:
     """Put a property before torch's, on the class of a parametrized module, which is its own or that of its copies."""
     kind = type(module)
     torchs = kind.__dict__[tensor]
-    if not hasattr(torchs.fget, "reads_quickly"):
+    if not hasattr(torchs.fget, "is_fast"):
         setattr(kind, tensor, property(_getter(tensor, torchs.fget), torchs.fset))
 
 
@@ -38,5 +38,5 @@ def _getter(tensor: str, torchs: Callable[[nn.Module], Tensor]) -> Callable[[nn.
             return norm.use(original)
         return torchs(self)
 
-    get.reads_quickly = True  # type: ignore[attr-defined]
+    get.is_fast = True  # type: ignore[attr-defined]
     return get

@@ -20,8 +20,8 @@ from fastsn.initialization import patch_initialization
 from fastsn.layers import NormalizedLayer
 from fastsn.model.sites import Site, evaluated
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
-from fastsn.tensor_property import read_quickly
+from fastsn.parametrize import brought_up_after_loading, follows_autocast, unshare_class
+from fastsn.tensor_property import install_fast_property
 
 
 class Adapter(ABC):
@@ -110,9 +110,9 @@ class Parametrization(_Present):
         super().put(norm)
         self._chain[self._site.position] = norm  # type: ignore[index]
         brought_up_after_loading(self._chain)
-        own_class(self.owner)
+        unshare_class(self.owner)
         patch_initialization(self.owner)
-        read_quickly(self.owner, self.tensor)
+        install_fast_property(self.owner, self.tensor)
 
 
 class Layer(_Present):
@@ -177,9 +177,9 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
         chain_of(owner, tensor).append(norm.train(owner.training))
         brought_up_after_loading(chain_of(owner, tensor))
         patch_initialization(owner)
-        read_quickly(owner, tensor)
+        install_fast_property(owner, tensor)
         return
-    own_class(owner)
+    unshare_class(owner)
     # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
     original = getattr(owner, tensor)
     setattr(owner, tensor, nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data)
@@ -188,7 +188,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     chain.original, chain.unsafe = original, False
     brought_up_after_loading(chain)
     patch_initialization(owner)
-    read_quickly(owner, tensor)
+    install_fast_property(owner, tensor)
 
 
 def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:

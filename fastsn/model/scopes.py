@@ -93,7 +93,7 @@ def fuse(model: Module) -> Module:
     return model
 
 
-def separate(model: nn.Module) -> None:
+def unfuse(model: nn.Module) -> None:
     """Take back ``fuse``, of the model and of all in it."""
     for module in model.modules():
         for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):

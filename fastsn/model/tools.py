@@ -13,7 +13,7 @@ from fastsn import checks, normalize, reference, views
 from fastsn.layers import NormalizedLayer, after_loading
 from fastsn.model import scopes
 from fastsn.model.sites import Site, evaluated, weights
-from fastsn.parametrize import own_class
+from fastsn.parametrize import unshare_class
 from fastsn.reference import Vectors
 from fastsn.stored_vectors import WARM_UP_ITERATIONS
 
@@ -146,7 +146,7 @@ def fold(model: Module) -> Module:
             _fold_layer(owner)
         else:
             _fold_parametrization(owner, tensor)
-    scopes.separate(model)
+    scopes.unfuse(model)
     return model
 
 
@@ -166,7 +166,7 @@ def _fold_layer(layer: NormalizedLayer) -> None:
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
     chain: ParametrizationList = module.parametrizations[tensor]  # type: ignore[assignment, index]
     value, originals = evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
-    own_class(module)
+    unshare_class(module)
     # The original comes back where there is one, so that weights tied to it keep their values.
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)
     delattr(module, tensor)
