@@ -92,7 +92,7 @@ def spectral_norm(
     # Registering evaluates once and insists on an unchanged dtype.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
-    brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
+    register_load_post_hook(module.parametrizations[name])  # type: ignore[index, arg-type]
     patch_initialization(module)
     install_fast_property(module, name)
     return module
@@ -137,13 +137,13 @@ def unshare_class(module: nn.Module) -> None:
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
-def brought_up_after_loading(chain: ParametrizationList) -> None:
+def register_load_post_hook(chain: ParametrizationList) -> None:
     """Vectors that a checkpoint lacks are brought to its weight."""
-    if _after_loading not in chain._load_state_dict_post_hooks.values():
-        chain.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+    if _load_post_hook not in chain._load_state_dict_post_hooks.values():
+        chain.register_load_state_dict_post_hook(_load_post_hook)  # type: ignore[no-untyped-call]
 
 
-def _after_loading(chain: Any, keys: Any) -> None:
+def _load_post_hook(chain: Any, keys: Any) -> None:
     for position, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
             part.after_loading(partial(evaluated, chain, position), keys.missing_keys)

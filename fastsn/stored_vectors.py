@@ -77,11 +77,14 @@ class StoredVectors(nn.Module):
         for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
             if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
                 self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
-        self._lacking = (prefix, [v for v in self.views if any(prefix + x not in state_dict for x in _BUFFERS[v])])
+        self._missing_views = (
+            prefix,
+            [v for v in self.views if any(prefix + x not in state_dict for x in _BUFFERS[v])],
+        )
 
     def after_loading(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
         """Bring the vectors to a weight that was loaded without them. The owner calls it, when all of it is loaded."""
-        prefix, lacking = self.__dict__.pop("_lacking", ("", []))
+        prefix, lacking = self.__dict__.pop("_missing_views", ("", []))
         if not lacking:
             return
         owner = prefix.rpartition(".")[0].rpartition(".")[0]

@@ -20,7 +20,7 @@ from fastsn.initialization import patch_initialization
 from fastsn.layers import NormalizedLayer
 from fastsn.model.sites import Site, evaluated
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import brought_up_after_loading, follows_autocast, unshare_class
+from fastsn.parametrize import register_load_post_hook, follows_autocast, unshare_class
 from fastsn.tensor_property import install_fast_property
 
 
@@ -109,7 +109,7 @@ class Parametrization(_Present):
     def put(self, norm: SpectralNorm) -> None:
         super().put(norm)
         self._chain[self._site.position] = norm  # type: ignore[index]
-        brought_up_after_loading(self._chain)
+        register_load_post_hook(self._chain)
         unshare_class(self.owner)
         patch_initialization(self.owner)
         install_fast_property(self.owner, self.tensor)
@@ -175,7 +175,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     """Register ``norm`` as the last parametrization, without the use and the write to the tensor that torch makes."""
     if parametrize.is_parametrized(owner, tensor):
         chain_of(owner, tensor).append(norm.train(owner.training))
-        brought_up_after_loading(chain_of(owner, tensor))
+        register_load_post_hook(chain_of(owner, tensor))
         patch_initialization(owner)
         install_fast_property(owner, tensor)
         return
@@ -186,7 +186,7 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     parametrize.register_parametrization(owner, tensor, norm, unsafe=True)  # unsafe: it is not called for a check
     chain = chain_of(owner, tensor)
     chain.original, chain.unsafe = original, False
-    brought_up_after_loading(chain)
+    register_load_post_hook(chain)
     patch_initialization(owner)
     install_fast_property(owner, tensor)
 
