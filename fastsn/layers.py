@@ -69,7 +69,7 @@ class NormalizedLayer(nn.Module):
             impl=impl,
             follows_autocast=self.follows_autocast,
         )
-        self.register_load_state_dict_post_hook(after_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(load_post_hook)  # type: ignore[no-untyped-call]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,9 +117,9 @@ class NormalizedLayer(nn.Module):
         return f"{super().extra_repr()}, {self.spectral_norm.extra_repr()}" + ", scale_bias=True" * self.scale_bias
 
 
-def after_loading(layer: Any, keys: Any) -> None:
+def load_post_hook(layer: Any, keys: Any) -> None:
     """A hook of load_state_dict: vectors that the checkpoint lacked are brought to its weight."""
-    layer.spectral_norm.after_loading(lambda: layer.weight, keys.missing_keys)
+    layer.spectral_norm.warm_up_missing(lambda: layer.weight, keys.missing_keys)
     prefix, advice = layer.__dict__.pop("_advice", ("", None))
     if advice is not None:
         loading.advise(keys.missing_keys, prefix, advice)

@@ -146,7 +146,7 @@ def register_load_post_hook(chain: ParametrizationList) -> None:
 def _load_post_hook(chain: Any, keys: Any) -> None:
     for position, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
-            part.after_loading(partial(evaluated, chain, position), keys.missing_keys)
+            part.warm_up_missing(partial(evaluated, chain, position), keys.missing_keys)
 
 
 def follows_autocast(module: nn.Module, name: str) -> bool:

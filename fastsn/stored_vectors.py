@@ -82,7 +82,7 @@ class StoredVectors(nn.Module):
             [v for v in self.views if any(prefix + x not in state_dict for x in _BUFFERS[v])],
         )
 
-    def after_loading(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
+    def warm_up_missing(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
         """Bring the vectors to a weight that was loaded without them. The owner calls it, when all of it is loaded."""
         prefix, lacking = self.__dict__.pop("_missing_views", ("", []))
         if not lacking:

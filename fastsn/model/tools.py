@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, normalize, reference, views
-from fastsn.layers import NormalizedLayer, after_loading
+from fastsn.layers import NormalizedLayer, load_post_hook
 from fastsn.model import scopes
 from fastsn.model.sites import Site, evaluated, weights
 from fastsn.parametrize import unshare_class
@@ -157,7 +157,7 @@ def _fold_layer(layer: NormalizedLayer) -> None:
         layer.bias = nn.Parameter(norm.scaled(bias), requires_grad=bias.requires_grad)
     layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     hooks = layer._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is after_loading]:
+    for key in [key for key, hook in hooks.items() if hook is load_post_hook]:
         del hooks[key]
     del layer.spectral_norm, layer.scale_bias
     layer.__class__ = layer.plain  # type: ignore[assignment]
