@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import torch_private
-from fastsn.model.sites import evaluated, sites_of
+from fastsn.model.sites import evaluate_chain, sites_of
 from fastsn.norm import SpectralNorm
 
 
@@ -78,7 +78,7 @@ class _WritableWeight:
             if not _has_values(self.chain):
                 return type(self.chain).forward(self.chain)
             with torch.no_grad():
-                self._before = evaluated(self.chain, held=False).detach().clone()
+                self._before = evaluate_chain(self.chain, use_cache=False).detach().clone()
             self._value = self._before.clone().requires_grad_(any(x.requires_grad for x in self._originals))
         return self._value
 
@@ -98,7 +98,7 @@ class _WritableWeight:
         if changed and _has_values(self.chain):
             for position, part in enumerate(self.chain):
                 if isinstance(part, SpectralNorm):
-                    part.warm_up(evaluated(self.chain, position, held=False))
+                    part.warm_up(evaluate_chain(self.chain, position, use_cache=False))
 
     def _assign(self, module: nn.Module, tensor: str) -> None:
         if len(self.chain) == 1:

@@ -54,7 +54,7 @@ class SpectralNorm(StoredVectors):
             "triton"; see ``fastsn.backends``.
         follows_autocast: return the weight in the autocast dtype while autocast is on. For weights of operations
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
-        vectors: (u, v) by view, to be held as they are: the same tensors, unless they have to be widened. Only views
+        vectors: (u, v) by view, to be use_cache as they are: the same tensors, unless they have to be widened. Only views
             that are not in it are drawn and iterated. For norms that take the place of others.
         v_first: a round updates v before u, as in torch's old hook ``torch.nn.utils.spectral_norm``.
 

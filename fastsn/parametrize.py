@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastsn import checks, views
 from fastsn.initialization import patch_initialization
-from fastsn.model.sites import evaluated, sites_of
+from fastsn.model.sites import evaluate_chain, sites_of
 from fastsn.norm import SpectralNorm
 from fastsn.tensor_property import install_fast_property
 
@@ -146,7 +146,7 @@ def register_load_post_hook(chain: ParametrizationList) -> None:
 def _load_post_hook(chain: Any, keys: Any) -> None:
     for position, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
-            part.warm_up_missing(partial(evaluated, chain, position), keys.missing_keys)
+            part.warm_up_missing(partial(evaluate_chain, chain, position), keys.missing_keys)
 
 
 def follows_autocast(module: nn.Module, name: str) -> bool:

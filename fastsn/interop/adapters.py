@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fastsn import layers, normalize, variants, views
 from fastsn.initialization import patch_initialization
 from fastsn.layers import NormalizedLayer
-from fastsn.model.sites import Site, evaluated
+from fastsn.model.sites import Site, evaluate_chain
 from fastsn.norm import SpectralNorm
 from fastsn.parametrize import register_load_post_hook, follows_autocast, unshare_class
 from fastsn.tensor_property import install_fast_property
@@ -162,7 +162,7 @@ class PlainLayer(Adapter):
             return weight
         chain = chain_of(self.owner, "weight")
         with _no_autocast(chain):
-            return evaluated(chain)
+            return evaluate_chain(chain)
 
     def settings(self) -> dict[str, Any]:
         return {"dim": views.output_dim(self.owner), "follows_autocast": follows_autocast(self.owner, "weight")}

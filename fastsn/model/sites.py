@@ -39,7 +39,7 @@ class Site(NamedTuple):
             return value
         if self.position == 0 and self.chain.is_tensor:
             return self.chain.original
-        return evaluated(self.chain, self.position)
+        return evaluate_chain(self.chain, self.position)
 
     def weight(self) -> Tensor:
         """The same; TypeError or ValueError if it is nothing that can be normalized."""
@@ -50,14 +50,14 @@ class Site(NamedTuple):
         return self.name or type(self.owner).__name__
 
 
-def evaluated(chain: ParametrizationList, count: int | None = None, held: bool = True) -> Tensor:
-    """The tensor after the first ``count`` parametrizations (default: all), each in evaluation mode; ``held`` takes
+def evaluate_chain(chain: ParametrizationList, count: int | None = None, use_cache: bool = True) -> Tensor:
+    """The tensor after the first ``count`` parametrizations (default: all), each in evaluation mode; ``use_cache`` takes
     the vectors of a step in force."""
     names = ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
     values = [getattr(chain, name) for name in names]
     for part in list(chain)[:count]:
         if isinstance(part, SpectralNorm):
-            values = [part.peek(*values) if held else part.evaluate(*values)]
+            values = [part.peek(*values) if use_cache else part.evaluate(*values)]
             continue
         modes = [(module, module.training) for module in part.modules()]
         try:

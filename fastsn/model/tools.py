@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fastsn import checks, normalize, reference, views
 from fastsn.layers import NormalizedLayer, load_post_hook
 from fastsn.model import scopes
-from fastsn.model.sites import Site, evaluated, weights
+from fastsn.model.sites import Site, evaluate_chain, weights
 from fastsn.parametrize import unshare_class
 from fastsn.reference import Vectors
 from fastsn.stored_vectors import WARM_UP_ITERATIONS
@@ -165,7 +165,7 @@ def _fold_layer(layer: NormalizedLayer) -> None:
 
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
     chain: ParametrizationList = module.parametrizations[tensor]  # type: ignore[assignment, index]
-    value, originals = evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
+    value, originals = evaluate_chain(chain, use_cache=False).clone(), list(chain.parameters(recurse=False))
     unshare_class(module)
     # The original comes back where there is one, so that weights tied to it keep their values.
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)
