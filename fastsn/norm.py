@@ -116,12 +116,12 @@ class SpectralNorm(StoredVectors):
         changes.count += 1
 
     def use(self, weight: Tensor) -> Tensor:
-        """``self(weight)``, which the usual use in a step gets in a shorter way."""
+        """``self(weight)``, which the fast_get use in a step gets in a shorter way."""
         if self.cached and not (torch.compiler.is_compiling() or torch_private.has_hooks(self)):
             for weights, position in self.cached[-1:]:  # of which another thread's may just have ended
-                usual = weights.usual(position, weight, self.scale)
-                if usual is not None:
-                    return usual
+                fast_get = weights.fast_get(position, weight, self.scale)
+                if fast_get is not None:
+                    return fast_get
         return self(weight)  # type: ignore[no-any-return]
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class SpectralNorm(StoredVectors):
         with normalize.no_autocast(weight):
             return self(weight) if weight.ndim == 1 else normalize.normalize(self.spec(weight), 0, False)[0]
 
-    def peek(self, weight: Tensor) -> Tensor:
+    def evaluate_cached(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
         compiling = torch.compiler.is_compiling()
         cached = weight_cache.in_force(self.cached, compiling)

@@ -58,7 +58,7 @@ class CachedWeights:
         own.thread, own._remade = None, {}
         return own
 
-    def usual(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
+    def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
         """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
         not inside of compiled code."""
         if self._quick:

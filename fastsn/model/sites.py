@@ -57,7 +57,7 @@ def evaluate_chain(chain: ParametrizationList, count: int | None = None, use_cac
     values = [getattr(chain, name) for name in names]
     for part in list(chain)[:count]:
         if isinstance(part, SpectralNorm):
-            values = [part.peek(*values) if use_cache else part.evaluate(*values)]
+            values = [part.evaluate_cached(*values) if use_cache else part.evaluate(*values)]
             continue
         modes = [(module, module.training) for module in part.modules()]
         try:
