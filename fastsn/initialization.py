@@ -42,7 +42,7 @@ def _storing_writes(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _writable_weights(module: nn.Module) -> Iterator[None]:
-    """Serve one W̄ of weight normalized tensor for the block. Where something has been written into it, store that; bring
+    """Serve one W̄ of each normalized tensor for the block. Where something has been written into it, store that; bring
     u and v to what has changed."""
     # Inside of another such block, that one sees to it.
     writable = {

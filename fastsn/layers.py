@@ -99,7 +99,7 @@ class NormalizedLayer(nn.Module):
         if self.scale_bias and bias is not None:
             bias = self.spectral_norm.scaled(bias)
         norm: Any = self._modules["spectral_norm"]  # not getattr, which takes as long as the rest of a read in a step
-        return norm.use(self.weight), bias
+        return norm.fast_call(self.weight), bias
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -54,7 +54,7 @@ class SpectralNorm(StoredVectors):
             "triton"; see ``fastsn.backends``.
         follows_autocast: return the weight in the autocast dtype while autocast is on. For weights of operations
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
-        vectors: (u, v) by view, to be use_cache as they are: the same tensors, unless they have to be widened. Only views
+        vectors: (u, v) by view, to be stored as they are: the same tensors, unless they have to be widened. Only views
             that are not in it are drawn and iterated. For norms that take the place of others.
         v_first: a round updates v before u, as in torch's old hook ``torch.nn.utils.spectral_norm``.
 
@@ -115,13 +115,13 @@ class SpectralNorm(StoredVectors):
         super().__setattr__(name, value)
         changes.count += 1
 
-    def use(self, weight: Tensor) -> Tensor:
-        """``self(weight)``, which the fast_get use in a step gets in a shorter way."""
+    def fast_call(self, weight: Tensor) -> Tensor:
+        """``self(weight)``, by a shorter path for the common read in a step."""
         if self.cached and not (torch.compiler.is_compiling() or torch_private.has_hooks(self)):
             for weights, position in self.cached[-1:]:  # of which another thread's may just have ended
-                fast_get = weights.fast_get(position, weight, self.scale)
-                if fast_get is not None:
-                    return fast_get
+                cached = weights.fast_get(position, weight, self.scale)
+                if cached is not None:
+                    return cached
         return self(weight)  # type: ignore[no-any-return]
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def _getter(tensor: str, torchs: Callable[[nn.Module], Tensor]) -> Callable[[nn.
             and "forward" not in chain.__dict__  # as of a chain that is being initialized
             and not torch_private.has_hooks(chain)
         ):
-            return norm.use(original)
+            return norm.fast_call(original)
         return torchs(self)
 
     get.is_fast = True  # type: ignore[attr-defined]
