@@ -69,18 +69,18 @@ class Batch:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         raise NotImplementedError
 
-    def explain_freed_graphs(self, made: Sequence[Tensor]) -> None:
+    def raise_on_second_backward(self, made: Sequence[Tensor]) -> None:
         """See to it that a second backward through these W̄, whose graph the first has freed, says what to do. Kernels
         have rules of differentiation that do."""
 
 
-_IN_ONE_CALL = served_by("cpp", 0).available  # csrc/normalize.cpp
+_HAS_FUSED_OP = served_by("cpp", 0).available  # csrc/normalize.cpp
 
 
 class KernelBatch(Batch):
     """Of the C++ or the Triton kernels: the arguments of the list ops."""
 
-    _known: Tensor | None = None  # what stands for it in C++, once it is used again
+    _handle: Tensor | None = None  # what stands for it in C++, once it is used again
 
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         super().__init__(specs)
@@ -117,11 +117,11 @@ class KernelBatch(Batch):
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         store = store and n > 0
-        if self._used and _IN_ONE_CALL and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
-            if self._known is None:
+        if self._used and _HAS_FUSED_OP and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
+            if self._handle is None:
                 lists = (self.weights, self.u, self.v, self.scales)
-                self._known = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
-            outputs, vectors = torch.ops.fastsn._normalize(self._known, n, store)
+                self._handle = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
+            outputs, vectors = torch.ops.fastsn._normalize(self._handle, n, store)
             return outputs, UsedVectors(self.stored, vectors)
         self._used = True
         iterated = ops.power_iteration_ if store else ops.power_iteration
@@ -139,11 +139,11 @@ class ReferenceBatch(Batch):
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""
-        _iterated(self.specs, n, True)
+        _iterate(self.specs, n, True)
 
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
-        specs, vectors = self.specs, _iterated(self.specs, n, store)
+        specs, vectors = self.specs, _iterate(self.specs, n, store)
         with no_autocast(specs[0].weight):
             # Widened once: the parts of a half-precision gradient are added up before it is rounded.
             weights = [spec.weight.to(reference.wide(spec.weight.dtype)) for spec in specs]
@@ -152,7 +152,7 @@ class ReferenceBatch(Batch):
             sigmas = reference.sigmas(oiks, vectors)
             return reference.rescale(weights, sigmas, scales, [spec.dtype for spec in specs]), UsedVectors(vectors)
 
-    def explain_freed_graphs(self, made: Sequence[Tensor]) -> None:
+    def raise_on_second_backward(self, made: Sequence[Tensor]) -> None:
         """By a hook of each node, which costs some microseconds."""
         for weight in made:
             if weight.grad_fn is not None:
@@ -173,10 +173,10 @@ class _FreedGraph:
 
 
 @torch.no_grad()
-def _iterated(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vectors]:
+def _iterate(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vectors]:
     """The reference's vectors after ``n`` rounds: private copies always, as the next forward overwrites the buffers."""
     if n == 0:
-        return [_copies(spec.vectors) for spec in specs]
+        return [_copied(spec.vectors) for spec in specs]
     transformed = torch_private.transforms_active() if not torch.compiler.is_compiling() else False
     with torch_private.forward_mode(False) if transformed else nullcontext(), no_autocast(specs[0].weight):
         oiks = [views.as_oik(spec.weight, spec.dim) for spec in specs]
@@ -187,7 +187,7 @@ def _iterated(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vect
             buffer.copy_(vector)
         else:  # out= also works on captured buffers inside of torch.func's transforms, as torch's own norm does
             torch.mul(vector, 1, out=buffer)
-    return [_copies(vectors) for vectors in new] if torch.compiler.is_compiling() else new
+    return [_copied(vectors) for vectors in new] if torch.compiler.is_compiling() else new
 
 
 def _pairs(specs: Sequence[WeightSpec], new: Sequence[Vectors]) -> list[tuple[Tensor, Tensor]]:
@@ -200,7 +200,7 @@ def _pairs(specs: Sequence[WeightSpec], new: Sequence[Vectors]) -> list[tuple[Te
     ]
 
 
-def _copies(vectors: Vectors) -> Vectors:
+def _copied(vectors: Vectors) -> Vectors:
     """Copies that a compiled graph saves for its backward. What is made element by element it may instead make again
     there, from the buffers, which the next forward has overwritten by then; a concatenation it never makes twice."""
     tensors = [x for pair in vectors.values() for x in pair]

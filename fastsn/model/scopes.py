@@ -175,7 +175,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                     for batch, norms in part.batches():
                         made, vectors = batch.normalize(rounds, advance and rounds > 0)
                         if not (fused or compiling):
-                            batch.explain_freed_graphs(made)
+                            batch.raise_on_second_backward(made)
                         weights = CachedWeights(batch, made, vectors, thread, not fused, compiling)
                         cached = [(weights, i) for i in range(len(made))]
                         opened.append((norms, cached))
