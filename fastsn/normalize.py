@@ -59,7 +59,9 @@ class Batch:
         self.specs = specs
         # Whether the version of a weight tells that its W̄ is right still.
         traced = torch.compiler.is_compiling()
-        self.quick = not (traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs))
+        self.version_tracked_ = not (
+            traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs)
+        )
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""

@@ -32,7 +32,7 @@ class CachedWeights:
         traced: it is in a graph that is being compiled.
     """
 
-    __slots__ = ("_quick", "_remade", "_specs", "_traced", "_values", "_versions", "shared", "thread", "vectors")
+    __slots__ = ("_fast", "_remade", "_specs", "_traced", "_values", "_versions", "shared", "thread", "vectors")
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class CachedWeights:
     ) -> None:
         self._specs, self._values, self.vectors = batch.specs, values, vectors
         self.thread, self.shared, self._traced = thread, shared, traced
-        self._quick = batch.quick and not (traced or torch.is_inference_mode_enabled())
-        if self._quick:
+        self._fast = batch.version_tracked_ and not (traced or torch.is_inference_mode_enabled())
+        if self._fast:
             self._versions = [(spec[0]._version, 0) for spec in batch.specs]
         else:
             self._versions = [_versions(spec.weight, spec.scale, traced) for spec in batch.specs]
@@ -59,9 +59,9 @@ class CachedWeights:
         return own
 
     def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
-        """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
+        """The W̄ made as the step began if a few version_tracked_ questions can tell that it is right for this use of this thread;
         not inside of compiled code."""
-        if self._quick:
+        if self._fast:
             spec, value = self._specs[position], self._values[position]
             if (
                 spec[0] is weight
