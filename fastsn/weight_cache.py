@@ -45,7 +45,7 @@ class CachedWeights:
     ) -> None:
         self._specs, self._values, self.vectors = batch.specs, values, vectors
         self.thread, self.shared, self._traced = thread, shared, traced
-        self._fast = batch.version_tracked_ and not (traced or torch.is_inference_mode_enabled())
+        self._fast = batch.fast_lookup and not (traced or torch.is_inference_mode_enabled())
         if self._fast:
             self._versions = [(spec[0]._version, 0) for spec in batch.specs]
         else:
@@ -59,7 +59,7 @@ class CachedWeights:
         return own
 
     def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
-        """The W̄ made as the step began if a few version_tracked_ questions can tell that it is right for this use of this thread;
+        """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
         not inside of compiled code."""
         if self._fast:
             spec, value = self._specs[position], self._values[position]
