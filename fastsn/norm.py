@@ -19,7 +19,7 @@ from fastsn.exporting import refuse_onnx
 from fastsn.normalize import Batch, WeightSpec
 from fastsn.reference import Sigmas, Vectors
 from fastsn.stored_vectors import WARM_UP_ITERATIONS, StoredVectors
-from fastsn.weight_cache import Cached
+from fastsn.weight_cache import CacheEntry
 
 _settings = itemgetter("dim", "impl", "v_first")
 
@@ -66,7 +66,7 @@ class SpectralNorm(StoredVectors):
     """
 
     scale: float | Tensor
-    cached: list[Cached]  # of the steps and fused forwards that last, the newest last
+    cached: list[CacheEntry]  # of the steps and fused forwards that last, the newest last
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class SpectralNorm(StoredVectors):
             return weight_cache.make(
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
             )
-        cached = weight_cache.in_force(self.cached, compiling)
+        cached = weight_cache.active_entry(self.cached, compiling)
         if cached is not None:
             weights, position = cached
             if region is not None:
@@ -203,7 +203,7 @@ class SpectralNorm(StoredVectors):
     def evaluate_cached(self, weight: Tensor) -> Tensor:
         """``evaluate``, but by the vectors of a step in force."""
         compiling = torch.compiler.is_compiling()
-        cached = weight_cache.in_force(self.cached, compiling)
+        cached = weight_cache.active_entry(self.cached, compiling)
         if cached is None:
             return self.evaluate(weight)
         weights, position = cached
@@ -240,7 +240,7 @@ class SpectralNorm(StoredVectors):
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
         replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.cached = [(weights.of_every_thread(), position) for weights, position in self.cached]
+        replica.cached = [(weights.for_any_thread(), position) for weights, position in self.cached]
         return replica
 
     def extra_repr(self) -> str:

@@ -59,9 +59,7 @@ class Batch:
         self.specs = specs
         # Whether the version of a weight tells that its W̄ is right still.
         traced = torch.compiler.is_compiling()
-        self.fast_lookup = not (
-            traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs)
-        )
+        self.fast_lookup = not (traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs))
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""

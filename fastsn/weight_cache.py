@@ -14,8 +14,8 @@ from fastsn import checks, normalize, recomputation, torch_private
 from fastsn.normalize import Batch, UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
-Cached: TypeAlias = "tuple[CachedWeights, int]"  # and the position of the norm among those of the call
-_Made: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
+CacheEntry: TypeAlias = "tuple[CachedWeights, int]"  # and the position of the norm among those of the call
+_Normalized: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
 class CachedWeights:
@@ -32,7 +32,7 @@ class CachedWeights:
         traced: it is in a graph that is being compiled.
     """
 
-    __slots__ = ("_fast", "_remade", "_specs", "_traced", "_values", "_versions", "shared", "thread", "vectors")
+    __slots__ = ("_fast", "_renormalized", "_specs", "_traced", "_values", "_versions", "shared", "thread", "vectors")
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class CachedWeights:
             self._versions = [(spec[0]._version, 0) for spec in batch.specs]
         else:
             self._versions = [_versions(spec.weight, spec.scale, traced) for spec in batch.specs]
-        self._remade: dict[tuple[int, torch.dtype], _Made] = {}
+        self._renormalized: dict[tuple[int, torch.dtype], _Normalized] = {}
 
-    def of_every_thread(self) -> CachedWeights:
+    def for_any_thread(self) -> CachedWeights:
         """The same for a replica, whose thread is none that has opened a step."""
         own = copy.copy(self)
-        own.thread, own._remade = None, {}
+        own.thread, own._renormalized = None, {}
         return own
 
     def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
@@ -83,7 +83,7 @@ class CachedWeights:
         if (compiling and not self._traced) or (not compiling and recomputation.has_own_graph()):
             return self._make(position, weight, scale, dtype)
         versions = _versions(weight, scale, compiling)
-        made = self._remade.get((position, dtype))
+        made = self._renormalized.get((position, dtype))
         if made is None and dtype == spec.dtype:
             made = (spec.weight, spec.scale, self._versions[position], self._values[position])
         if made is not None:
@@ -97,7 +97,7 @@ class CachedWeights:
             ):
                 return value
         value = self._make(position, weight, scale, dtype)
-        self._remade[position, dtype] = (weight, scale, versions, value)
+        self._renormalized[position, dtype] = (weight, scale, versions, value)
         return value
 
     def _make(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -116,26 +116,26 @@ def make(spec: WeightSpec) -> Tensor:
         return normalize.normalize(spec, 0, False)[0]
 
 
-def in_force(cached: Sequence[Cached], compiling: bool) -> Cached | None:
+def active_entry(cached: Sequence[CacheEntry], compiling: bool) -> CacheEntry | None:
     """Of those that last, the newest of this thread; else the newest of all, for the threads of replicas and of
     backward, which have none of their own. None if there are none, as when another thread's has just ended."""
     newest = cached[-1] if cached else None
-    if newest is None or compiling or _is_of_this_thread(newest):
+    if newest is None or compiling or _in_this_thread(newest):
         return newest
-    return next((each for each in reversed(cached) if _is_of_this_thread(each)), newest)
+    return next((each for each in reversed(cached) if _in_this_thread(each)), newest)
 
 
-def of_this_thread(cached: Sequence[Cached]) -> bool:
+def entered_in_this_thread(cached: Sequence[CacheEntry]) -> bool:
     """Whether one of those that last was opened by this thread."""
-    return bool(cached) if torch.compiler.is_compiling() else any(map(_is_of_this_thread, cached))
+    return bool(cached) if torch.compiler.is_compiling() else any(map(_in_this_thread, cached))
 
 
-def of_a_step(cached: Sequence[Cached]) -> Vectors | None:
+def step_vectors(cached: Sequence[CacheEntry]) -> Vectors | None:
     """The vectors of the newest that a step has opened, in any thread."""
     return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.shared), None)
 
 
-def _is_of_this_thread(cached: Cached) -> bool:
+def _in_this_thread(cached: CacheEntry) -> bool:
     return cached[0].thread in (None, threading.get_ident())
 
 

@@ -15,7 +15,7 @@ from fastsn import checks, plan, recomputation, weight_cache
 from fastsn.model.sites import sites
 from fastsn.norm import SpectralNorm
 from fastsn.plan import Group
-from fastsn.weight_cache import Cached, CachedWeights
+from fastsn.weight_cache import CacheEntry, CachedWeights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -160,7 +160,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
         return _nothing  # the vectors of each use are known
     runs_again = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
-    opened: list[tuple[Sequence[SpectralNorm], list[Cached]]] = []
+    opened: list[tuple[Sequence[SpectralNorm], list[CacheEntry]]] = []
 
     def release() -> None:
         for norms, cached in reversed(opened):
@@ -196,8 +196,8 @@ def _parts(group: Group) -> list[Group]:
     of another thread's step, but not its graph, which that thread's backward frees; the rest as it is."""
     if not any(norm.cached for norm in group.norms):
         return [group]
-    free = [i for i, norm in enumerate(group.norms) if not weight_cache.of_this_thread(norm.cached)]
-    steps = {i: weight_cache.of_a_step(group.norms[i].cached) for i in free}
+    free = [i for i, norm in enumerate(group.norms) if not weight_cache.entered_in_this_thread(norm.cached)]
+    steps = {i: weight_cache.step_vectors(group.norms[i].cached) for i in free}
     own = [i for i in free if steps[i] is None]
     found = {i: vectors for i, vectors in steps.items() if vectors is not None}
     return [part for part in (group.some(own), group.some(list(found), found)) if part.norms]
