@@ -135,7 +135,7 @@ class SpectralNorm(StoredVectors):
         compiling = torch.compiler.is_compiling()
         region = None if compiling else recomputation.region()
         if region is not None and region.replaying is not None:
-            return weight_cache.make(
+            return weight_cache.normalize_fixed(
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
             )
         cached = weight_cache.active_entry(self.cached, compiling)

@@ -81,7 +81,7 @@ class CachedWeights:
         # A graph cannot ask whether a weight has changed since the step began, unless the step is in the graph.
         spec = self._specs[position]
         if (compiling and not self._traced) or (not compiling and recomputation.has_own_graph()):
-            return self._make(position, weight, scale, dtype)
+            return self._normalize(position, weight, scale, dtype)
         versions = _versions(weight, scale, compiling)
         made = self._renormalized.get((position, dtype))
         if made is None and dtype == spec.dtype:
@@ -96,17 +96,17 @@ class CachedWeights:
                 and (compiling or not value.is_inference() or torch.is_inference_mode_enabled())
             ):
                 return value
-        value = self._make(position, weight, scale, dtype)
+        value = self._normalize(position, weight, scale, dtype)
         self._renormalized[position, dtype] = (weight, scale, versions, value)
         return value
 
-    def _make(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    def _normalize(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         checks.weight(weight, "weight")
         vectors = self.vectors.of(position)
-        return make(self._specs[position]._replace(weight=weight, vectors=vectors, scale=scale, dtype=dtype))
+        return normalize_fixed(self._specs[position]._replace(weight=weight, vectors=vectors, scale=scale, dtype=dtype))
 
 
-def make(spec: WeightSpec) -> Tensor:
+def normalize_fixed(spec: WeightSpec) -> Tensor:
     """W̄ of vectors that stay as they are."""
     device = spec.weight.device
     if any(u.device != device for u, _ in spec.vectors.values()):  # of a replica
