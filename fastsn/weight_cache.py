@@ -27,12 +27,12 @@ class CachedWeights:
         values: the W̄.
         vectors: those that the call used.
         thread: the thread whose uses it serves first, None for all.
-        shared: it is a step's, whose vectors forwards of fused models take in threads without a step of their own,
+        from_step: it is a step's, whose vectors forwards of fused models take in threads without a step of their own,
             instead of moving them.
         traced: it is in a graph that is being compiled.
     """
 
-    __slots__ = ("_fast", "_renormalized", "_specs", "_traced", "_values", "_versions", "shared", "thread", "vectors")
+    __slots__ = ("_fast", "_renormalized", "_specs", "_traced", "_values", "_versions", "from_step", "thread", "vectors")
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class CachedWeights:
         values: Sequence[Tensor],
         vectors: UsedVectors,
         thread: int | None,
-        shared: bool,
+        from_step: bool,
         traced: bool,
     ) -> None:
         self._specs, self._values, self.vectors = batch.specs, values, vectors
-        self.thread, self.shared, self._traced = thread, shared, traced
+        self.thread, self.from_step, self._traced = thread, from_step, traced
         self._fast = batch.fast_lookup and not (traced or torch.is_inference_mode_enabled())
         if self._fast:
             self._versions = [(spec[0]._version, 0) for spec in batch.specs]
@@ -132,7 +132,7 @@ def entered_in_this_thread(cached: Sequence[CacheEntry]) -> bool:
 
 def step_vectors(cached: Sequence[CacheEntry]) -> Vectors | None:
     """The vectors of the newest that a step has opened, in any thread."""
-    return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.shared), None)
+    return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.from_step), None)
 
 
 def _in_this_thread(cached: CacheEntry) -> bool:
