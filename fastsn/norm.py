@@ -146,7 +146,7 @@ class SpectralNorm(StoredVectors):
             return weights.get(position, weight, self.scale, self._out_dtype(weight), compiling)
         rounds = 0 if not compiling and recomputation.in_backward() else self.rounds()
         batch = self._batch(weight, compiling)
-        with recomputation.unseen_by_checkpoints():
+        with recomputation.hide_from_checkpoint():
             (normalized,), vectors = batch.normalize(rounds, rounds > 0)
         if region is not None:
             recomputation.record(self, vectors, 0)

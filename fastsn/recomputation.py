@@ -14,25 +14,25 @@ from fastsn import torch_private
 from fastsn.normalize import UsedVectors
 from fastsn.reference import Vectors
 
-_Use = tuple[object, UsedVectors, int]  # the norm, the vectors of the call, the position of the norm's in it
+_Record = tuple[object, UsedVectors, int]  # the norm, the vectors of the call, the position of the norm's in it
 
 
 class Uses(threading.local):
     """What this thread records, for every region that it is in, and what it replays."""
 
     active = False  # either of them
-    recording: tuple[list[_Use], ...] = ()
-    replaying: Iterator[_Use] | None = None
+    recording: tuple[list[_Record], ...] = ()
+    replaying: Iterator[_Record] | None = None
     backward = -1  # the one that the regions are in: what a backward in them runs again is not theirs
 
 
 uses = Uses()
 
 
-class _Set:
+class _Scope:
     """Sets what is recorded and replayed for a block; may be entered again, one block after another."""
 
-    def __init__(self, values: Callable[[], tuple[tuple[list[_Use], ...], Iterator[_Use] | None]]) -> None:
+    def __init__(self, values: Callable[[], tuple[tuple[list[_Record], ...], Iterator[_Record] | None]]) -> None:
         self._values = values
 
     def __enter__(self) -> None:
@@ -66,14 +66,14 @@ def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[No
     Raises:
         RuntimeError, from the backward: the region uses other norms when it runs again.
     """
-    made: list[_Use] = []
+    made: list[_Record] = []
 
-    def recording() -> tuple[tuple[list[_Use], ...], Iterator[_Use] | None]:
+    def recording() -> tuple[tuple[list[_Record], ...], Iterator[_Record] | None]:
         around = region()
         return ((made,), None) if around is None else ((*around.recording, made), around.replaying)
 
     # Regions around a region that runs again do not see it: they start its backward themselves when they run again.
-    return _Set(recording), _Set(lambda: ((), iter(made)))
+    return _Scope(recording), _Scope(lambda: ((), iter(made)))
 
 
 def region() -> Uses | None:
@@ -102,25 +102,25 @@ def in_backward() -> bool:
     return torch_private.backward_id() != -1
 
 
-def has_own_graph() -> bool:
+def in_reentrant_checkpoint() -> bool:
     """Whether it is a reentrant region, which has a backward of its own; others only fill in what the graph lacks."""
-    return in_backward() and not torch_private.fills_in_a_graph()
+    return in_backward() and not torch_private.in_nonreentrant_recomputation()
 
 
-def unseen_by_checkpoints() -> AbstractContextManager[object]:
+def hide_from_checkpoint() -> AbstractContextManager[object]:
     """Checkpoints count the tensors that are saved in their region, and W̄ may have been made outside of it in one of
     the two runs: what is saved in here is kept as it is, and not counted."""
-    if torch.compiler.is_compiling() or not torch_private.saved_tensors_are_seen():
-        return _NOTHING
-    return torch.autograd.graph.saved_tensors_hooks(_detached, _as_it_is)
+    if torch.compiler.is_compiling() or not torch_private.has_saved_tensors_hooks():
+        return _NO_HOOKS
+    return torch.autograd.graph.saved_tensors_hooks(_detached, _identity)
 
 
-_NOTHING = nullcontext()
+_NO_HOOKS = nullcontext()
 
 
 def _detached(saved: Tensor) -> Tensor:
     return saved.detach()  # with its graph, an output that its own node saves would never be freed
 
 
-def _as_it_is(saved: Tensor) -> Tensor:
+def _identity(saved: Tensor) -> Tensor:
     return saved

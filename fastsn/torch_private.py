@@ -21,7 +21,7 @@ backward_id = torch._C._current_graph_task_id
 any_autocast = torch._C._is_any_autocast_enabled
 
 # Whether the graph of the backward that runs is kept, for an error that says how to keep it.
-keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+retains_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 # Not None while TorchScript traces, for an error of the export to ONNX.
 tracing_state = torch._C._get_tracing_state
@@ -59,12 +59,12 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
-def saved_tensors_are_seen() -> bool:
+def has_saved_tensors_hooks() -> bool:
     """Whether somebody sees the tensors that are saved for backward here, as checkpoints do that are not reentrant."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def fills_in_a_graph() -> bool:
+def in_nonreentrant_recomputation() -> bool:
     """Whether a checkpoint that is not reentrant runs its region again, only to see what is saved in it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")

@@ -32,7 +32,17 @@ class CachedWeights:
         traced: it is in a graph that is being compiled.
     """
 
-    __slots__ = ("_fast", "_renormalized", "_specs", "_traced", "_values", "_versions", "from_step", "thread", "vectors")
+    __slots__ = (
+        "_fast",
+        "_renormalized",
+        "_specs",
+        "_traced",
+        "_values",
+        "_versions",
+        "from_step",
+        "thread",
+        "vectors",
+    )
 
     def __init__(
         self,
@@ -80,7 +90,7 @@ class CachedWeights:
         that is wanted is not the one that was made; then one made anew with the vectors of the step."""
         # A graph cannot ask whether a weight has changed since the step began, unless the step is in the graph.
         spec = self._specs[position]
-        if (compiling and not self._traced) or (not compiling and recomputation.has_own_graph()):
+        if (compiling and not self._traced) or (not compiling and recomputation.in_reentrant_checkpoint()):
             return self._normalize(position, weight, scale, dtype)
         versions = _versions(weight, scale, compiling)
         made = self._renormalized.get((position, dtype))
@@ -112,7 +122,7 @@ def normalize_fixed(spec: WeightSpec) -> Tensor:
     if any(u.device != device for u, _ in spec.vectors.values()):  # of a replica
         moved = {view: (u.to(device), v.to(device)) for view, (u, v) in spec.vectors.items()}
         spec = spec._replace(vectors=moved)
-    with recomputation.unseen_by_checkpoints():
+    with recomputation.hide_from_checkpoint():
         return normalize.normalize(spec, 0, False)[0]
 
 

@@ -168,7 +168,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                 norm.cached.pop() if compiling else norm.cached.remove(own)
 
     try:
-        with recomputation.unseen_by_checkpoints():  # also what makes the weights, which is not run again each time
+        with recomputation.hide_from_checkpoint():  # also what makes the weights, which is not run again each time
             for group in plan.groups(model):
                 for part in _parts(group) if fused else [group]:
                     rounds = 0 if runs_again else part.rounds
