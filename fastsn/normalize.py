@@ -169,7 +169,7 @@ class _FreedGraph:
         if self._freed:
             raise RuntimeError(ops.autograd.FREED)
         if not torch.compiler.is_compiling():  # compiled autograd would see a call that it cannot trace
-            self._freed = not torch_private.keeps_graph()
+            self._freed = not torch_private.retains_graph()
 
 
 @torch.no_grad()
