@@ -133,7 +133,7 @@ class SpectralNorm(StoredVectors):
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
         compiling = torch.compiler.is_compiling()
-        region = None if compiling else recomputation.region()
+        region = None if compiling else recomputation.current_region()
         if region is not None and region.replaying is not None:
             return weight_cache.normalize_fixed(
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))

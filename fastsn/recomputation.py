@@ -17,7 +17,7 @@ from fastsn.reference import Vectors
 _Record = tuple[object, UsedVectors, int]  # the norm, the vectors of the call, the position of the norm's in it
 
 
-class Uses(threading.local):
+class State(threading.local):
     """What this thread records, for every region that it is in, and what it replays."""
 
     active = False  # either of them
@@ -26,7 +26,7 @@ class Uses(threading.local):
     backward = -1  # the one that the regions are in: what a backward in them runs again is not theirs
 
 
-uses = Uses()
+state = State()
 
 
 class _Scope:
@@ -36,7 +36,7 @@ class _Scope:
         self._values = values
 
     def __enter__(self) -> None:
-        self._before = uses.active, uses.recording, uses.replaying, uses.backward
+        self._before = state.active, state.recording, state.replaying, state.backward
         recording, replaying = self._values()
         self._set(True, recording, replaying, torch_private.backward_id())
 
@@ -44,7 +44,7 @@ class _Scope:
         self._set(*self._before)
 
     def _set(self, *values: Any) -> None:
-        uses.active, uses.recording, uses.replaying, uses.backward = values
+        state.active, state.recording, state.replaying, state.backward = values
 
 
 def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -69,28 +69,28 @@ def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[No
     made: list[_Record] = []
 
     def recording() -> tuple[tuple[list[_Record], ...], Iterator[_Record] | None]:
-        around = region()
+        around = current_region()
         return ((made,), None) if around is None else ((*around.recording, made), around.replaying)
 
     # Regions around a region that runs again do not see it: they start its backward themselves when they run again.
     return _Scope(recording), _Scope(lambda: ((), iter(made)))
 
 
-def region() -> Uses | None:
+def current_region() -> State | None:
     """What is recorded or replayed here; None if nothing is."""
-    return uses if uses.active and uses.backward == torch_private.backward_id() else None
+    return state if state.active and state.backward == torch_private.backward_id() else None
 
 
 def record(norm: object, vectors: UsedVectors, position: int) -> None:
     """A use, for every region around."""
-    for region in uses.recording:
+    for region in state.recording:
         region.append((norm, vectors, position))
 
 
 def replay(norm: object) -> Vectors:
     """The vectors of the next use, which is one of this norm."""
-    assert uses.replaying is not None
-    recorded, vectors, position = next(uses.replaying, (None, UsedVectors([]), 0))
+    assert state.replaying is not None
+    recorded, vectors, position = next(state.replaying, (None, UsedVectors([]), 0))
     if recorded is not norm:
         raise RuntimeError("a checkpointed region must use the same norms in the same order when it runs again")
     record(norm, vectors, position)

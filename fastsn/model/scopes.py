@@ -155,7 +155,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     """One call for all weights; for a ``fused`` forward, for those that this thread does not hold already. Returns what
     ends it."""
     compiling = torch.compiler.is_compiling()
-    region = None if compiling else recomputation.region()
+    region = None if compiling else recomputation.current_region()
     if region is not None and region.replaying is not None:
         return _nothing  # the vectors of each use are known
     runs_again = not compiling and recomputation.in_backward()
