@@ -36,20 +36,20 @@ class Group:
     ) -> None:
         self.norms, self.rounds = norms, rounds
         self._weights, self._vectors = weights, vectors
-        self._batches = self._made() if all(isinstance(x, Tensor) for x in weights) else None
+        self._batches = self._make_batches() if all(isinstance(x, Tensor) for x in weights) else None
 
     def batches(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
         """What is called, each with its norms."""
-        return self._made() if self._batches is None else self._batches
+        return self._make_batches() if self._batches is None else self._batches
 
-    def some(self, positions: Sequence[int], vectors: Mapping[int, Vectors] | None = None) -> Group:
+    def subset(self, positions: Sequence[int], vectors: Mapping[int, Vectors] | None = None) -> Group:
         """The norms at these positions; with ``vectors`` by position, they use these and do not iterate."""
         norms, weights = [self.norms[i] for i in positions], [self._weights[i] for i in positions]
         if vectors is None:
             return Group(norms, weights, self.rounds)
         return Group(norms, weights, 0, [vectors[i] for i in positions])
 
-    def _made(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
+    def _make_batches(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
         weights = [x if isinstance(x, Tensor) else x.weight() for x in self._weights]
         specs = [norm.spec(weight) for norm, weight in zip(self.norms, weights, strict=True)]
         if self._vectors is not None:
@@ -65,9 +65,9 @@ def groups(model: nn.Module) -> Sequence[Group]:
     if torch.compiler.is_compiling():
         return _groups(_weights(model))
     plan: _Plan | None = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
-    if plan is None or not plan.holds_for(model):
+    if plan is None or not plan.is_valid(model):
         plan = _Plan(model)
-        if plan.is_worth_keeping(model):
+        if plan.is_cacheable(model):
             model.__dict__[_KEY] = plan
     return plan.groups
 
@@ -123,18 +123,20 @@ class _Plan:
         self._devices = list({weight.device.type for _, weight in found})
         self._changes, self._settings = changes.count, self._settings_now()
         self._state = self._state_of(model)
-        self._alive = [module for module in modules if isinstance(module, SpectralNorm)]  # the state has all the others
+        self._references = [
+            module for module in modules if isinstance(module, SpectralNorm)
+        ]  # the state has all the others
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
-    def is_worth_keeping(self, model: nn.Module) -> bool:
+    def is_cacheable(self, model: nn.Module) -> bool:
         """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor of a
         model that is itself a layer and has to be asked for its weight: it would hold itself."""
         given = torch_private.transforms_active() or any(weight.grad_fn is not None for weight in self._weights)
         return not (given or any(owner is model for owner in self._owners))
 
-    def holds_for(self, model: nn.Module) -> bool:
+    def is_valid(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
-        if self._changes != changes.count:  # of some norm; maybe of another model's
+        if self._changes != changes.count:  # of subset norm; maybe of another model's
             if not _same(self._settings, self._settings_now()):
                 return False
             self._changes = changes.count

@@ -80,7 +80,9 @@ class CachedWeights:
                 and weight.dtype is value.dtype
                 and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())
                 and self.thread == threading.get_ident()
-                and not (recomputation.state.active or torch_private.any_autocast() or torch_private.backward_id() != -1)
+                and not (
+                    recomputation.state.active or torch_private.any_autocast() or torch_private.backward_id() != -1
+                )
             ):
                 return value
         return None

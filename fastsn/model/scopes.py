@@ -200,4 +200,4 @@ def _parts(group: Group) -> list[Group]:
     steps = {i: weight_cache.step_vectors(group.norms[i].cached) for i in free}
     own = [i for i in free if steps[i] is None]
     found = {i: vectors for i, vectors in steps.items() if vectors is not None}
-    return [part for part in (group.some(own), group.some(list(found), found)) if part.norms]
+    return [part for part in (group.subset(own), group.subset(list(found), found)) if part.norms]
