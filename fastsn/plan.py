@@ -136,7 +136,7 @@ class _Plan:
 
     def is_valid(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
-        if self._changes != changes.count:  # of subset norm; maybe of another model's
+        if self._changes != changes.count:  # of some norm; maybe of another model's
             if not _same(self._settings, self._settings_now()):
                 return False
             self._changes = changes.count

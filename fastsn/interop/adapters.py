@@ -20,7 +20,7 @@ from fastsn.initialization import patch_initialization
 from fastsn.layers import NormalizedLayer
 from fastsn.model.sites import Site, evaluate_chain
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import register_load_post_hook, follows_autocast, unshare_class
+from fastsn.parametrize import follows_autocast, register_load_post_hook, unshare_class
 from fastsn.tensor_property import install_fast_property
 
 

@@ -15,7 +15,7 @@ from fastsn import checks, plan, recomputation, weight_cache
 from fastsn.model.sites import sites
 from fastsn.norm import SpectralNorm
 from fastsn.plan import Group
-from fastsn.weight_cache import CacheEntry, CachedWeights
+from fastsn.weight_cache import CachedWeights, CacheEntry
 
 Module = TypeVar("Module", bound=nn.Module)
 
