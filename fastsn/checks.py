@@ -24,7 +24,7 @@ def weight(value: object, name: str) -> Tensor:
         ValueError: lazy (not initialized yet), without dimensions, or without elements.
     """
     if type(value) is not nn.Parameter and type(value) is not Tensor:  # the usual kinds are asked no further
-        _whole(value, name)
+        _check_kind(value, name)
     assert isinstance(value, Tensor)
     if not (value.is_floating_point() or value.is_complex()):
         raise TypeError(f"{name} must be floating point or complex, got {value.dtype}")
@@ -35,7 +35,7 @@ def weight(value: object, name: str) -> Tensor:
     return value
 
 
-def _whole(value: object, name: str) -> None:
+def _check_kind(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if isinstance(value, UninitializedParameter | UninitializedBuffer):
@@ -105,7 +105,7 @@ def scale(value: object, variant: Variant) -> float | Tensor:
     return value if isinstance(value, Tensor) else float(value)
 
 
-def scale_beside(weight: Tensor, scale: object) -> None:
+def scale_has_values(weight: Tensor, scale: object) -> None:
     """Raises ValueError for a scale on the meta device whose weight is not there: kernels would read garbage."""
     if isinstance(scale, Tensor) and scale.is_meta and not weight.is_meta:
         raise ValueError(f"scale must have values as the weight has, got a meta tensor and a weight on {weight.device}")

@@ -92,7 +92,7 @@ class SpectralNorm(StoredVectors):
         self.variant = variant
         self.impl = available(impl)
         scale = checks.scale(scale, row)
-        checks.scale_beside(weight, scale)
+        checks.scale_has_values(weight, scale)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale)
         else:
@@ -187,7 +187,7 @@ class SpectralNorm(StoredVectors):
             refuse_onnx(weight, self.impl, self.training)
         scale = self.scale
         if isinstance(scale, Tensor):
-            checks.scale_beside(weight, scale)
+            checks.scale_has_values(weight, scale)
         return WeightSpec(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl, self.v_first)
 
     def measure(self, weight: Tensor) -> Sigmas:
