@@ -71,9 +71,9 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     state = _state(model)
     devices = list(dict.fromkeys(x.device for x in state.values()))
     mine = [_Entry(n, (*x.shape,), str(x.dtype), x.device.type, devices.index(x.device)) for n, x in state.items()]
-    everyones: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, mine, group=group)
-    _check_alike(everyones)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    _check_equal(gathered)
     checks.has_norms(_norms(model), "model")
     for device in devices:
         buffers = [x for x in state.values() if x.device == device]
@@ -86,21 +86,21 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     return model
 
 
-def _check_alike(everyones: list[list[_Entry]]) -> None:
+def _check_equal(gathered: list[list[_Entry]]) -> None:
     """The same ValueError on every rank, or none: a rank that raised alone would leave the others waiting."""
-    for rank, theirs in enumerate(everyones):
+    for rank, theirs in enumerate(gathered):
         for entry in theirs:
             if entry.device == "meta":
                 raise ValueError(f"{entry.name} must have values, got a meta tensor on rank {rank}: materialize it")
-        for first, other in zip_longest(everyones[0], theirs):
+        for first, other in zip_longest(gathered[0], theirs):
             if first != other:
                 raise ValueError(
-                    f"model must have the same norms on every rank, got {_told(first)} on rank 0 and {_told(other)} "
+                    f"model must have the same norms on every rank, got {_describe(first)} on rank 0 and {_describe(other)} "
                     f"on rank {rank} of the group"
                 )
 
 
-def _told(entry: _Entry | None) -> str:
+def _describe(entry: _Entry | None) -> str:
     if entry is None:
         return "nothing"
     return f"{entry.name} ({entry.dtype}, {list(entry.shape)}, {entry.device} {entry.broadcast})"
