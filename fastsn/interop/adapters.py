@@ -53,7 +53,7 @@ class Adapter(ABC):
         """Give the tensor this norm. It is not used, so that no vector moves."""
 
 
-class _Present(Adapter):
+class _NormAdapter(Adapter):
     """What the adapters of norms that are modules have in common."""
 
     norm: nn.Module
@@ -94,7 +94,7 @@ class _Present(Adapter):
         norm.__dict__.update({name: value for name, value in self.norm.__dict__.items() if "_hook" in name})
 
 
-class Parametrization(_Present):
+class Parametrization(_NormAdapter):
     """A norm in a chain of parametrizations, torch's or fastsn's."""
 
     def __init__(self, path: str, site: Site) -> None:
@@ -115,7 +115,7 @@ class Parametrization(_Present):
         install_fast_property(self.owner, self.tensor)
 
 
-class Layer(_Present):
+class Layer(_NormAdapter):
     """The norm of a fastsn layer."""
 
     owner: NormalizedLayer

@@ -114,7 +114,7 @@ class _Wanted(NamedTuple):
     scale: float | Tensor | None
     order: str | None
 
-    def met_by(self, norm: nn.Module | None) -> str | None:
+    def satisfied_by(self, norm: nn.Module | None) -> str | None:
         """Why a norm of fastsn can stay, if so."""
         if not isinstance(norm, SpectralNorm) or (self.order is not None and norm.v_first):
             return None
@@ -140,7 +140,7 @@ def _plan(
     found = _find(model, wanted.variant)
     weights: list[tuple[Adapter, Tensor]] = []
     for adapter in found.adapters:
-        why = "skip" if skipped & adapter.modules() else adapter.obstacle() or wanted.met_by(adapter.norm)
+        why = "skip" if skipped & adapter.modules() else adapter.obstacle() or wanted.satisfied_by(adapter.norm)
         if why:
             found.left_alone.append(f"{adapter.where}: {why}")
         else:
