@@ -61,7 +61,7 @@ def chosen(impl: str, weight: Tensor) -> str:
             return "reference"
         if kernels == "triton" and torch.version.hip is not None:
             return "reference"  # see fastsn/triton/shared.py, last_to_arrive
-        if _serves(kernels, 0 if weight.is_cpu else weight.device.index or 0):
+        if _supports(kernels, 0 if weight.is_cpu else weight.device.index or 0):
             return kernels
         if kernels == "cpp":
             _warn_once()
@@ -71,8 +71,8 @@ def chosen(impl: str, weight: Tensor) -> str:
     if _DEVICES.get(device.type) != impl:
         wanted = next(name for name, kernels in _DEVICES.items() if kernels == impl)
         raise ValueError(f"impl={impl!r} needs weights on {wanted}, got one on {device}")
-    if not _serves(impl, device.index or 0):
-        raise RuntimeError(f"impl={impl!r} does not serve {device}: {served_by(impl, device.index or 0).detail}")
+    if not _supports(impl, device.index or 0):
+        raise RuntimeError(f"impl={impl!r} does not serve {device}: {kernels_for(impl, device.index or 0).detail}")
     if weight.dtype not in _DTYPES[impl]:
         kinds = [str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl]]
         raise TypeError(f"impl={impl!r} needs {', '.join(kinds[:-1])} or {kinds[-1]} weights, got {weight.dtype}")
@@ -95,15 +95,15 @@ def _warn_once() -> None:
         )
 
 
-def served_by(impl: str, index: int) -> Backend:
+def kernels_for(impl: str, index: int) -> Backend:
     """Whether kernels can serve the device of their kind that has this number."""
     return _CPP if impl == "cpp" else triton(index)
 
 
 @torch_private.constant_in_graphs
-def _serves(impl: str, index: int) -> bool:
+def _supports(impl: str, index: int) -> bool:
     """The same in a word. A graph that is traced takes the answer, and does not see how Triton is looked for."""
-    return served_by(impl, index).available
+    return kernels_for(impl, index).available
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsn import ops, reference, torch_private, views
-from fastsn.backends import chosen, served_by
+from fastsn.backends import chosen, kernels_for
 from fastsn.reference import Vectors
 
 
@@ -74,7 +74,7 @@ class Batch:
         have rules of differentiation that do."""
 
 
-_HAS_FUSED_OP = served_by("cpp", 0).available  # csrc/normalize.cpp
+_HAS_FUSED_OP = kernels_for("cpp", 0).available  # csrc/normalize.cpp
 
 
 class KernelBatch(Batch):
