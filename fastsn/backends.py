@@ -1,4 +1,4 @@
-"""Which implementations exist here, and why not: the reference, the C++ kernels for CPU tensors, Triton."""
+"""Which implementations are available and which one a weight uses: the reference, C++ (CPU) or Triton (CUDA)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMES = ("auto", "reference", "cpp", "triton")
 _DEVICES = {"cpu": "cpp", "cuda": "triton"}
 _DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-    "triton": (torch.float32, torch.float16, torch.bfloat16),  # nothing is gained in float64
+    "triton": (torch.float32, torch.float16, torch.bfloat16),  # no float64: GPUs compute it too slowly to gain
 }
 _OLDEST_TRITON = (3, 5)
 _OLDEST_GPU = (7, 0)
 
 
 class Backend(NamedTuple):
-    """Whether an implementation can be used, and what it is or why it cannot."""
+    """Whether an implementation is available; ``detail`` describes it, or says why it is missing."""
 
     available: bool
     detail: str
@@ -35,28 +35,29 @@ class Backend(NamedTuple):
 def backends() -> dict[str, Backend]:
     """The implementations of the kernels: {"reference" | "cpp" | "triton": (available, detail)}.
 
-    ``detail`` says what there is (the C++ kernels name the instruction set in use), or why there is nothing.
+    ``detail`` describes an available implementation (of the C++ kernels: the instruction set in use), or says why it is
+    missing.
     """
     return {"reference": _REFERENCE, "cpp": _CPP, "triton": _any_gpu()}
 
 
 def chosen(impl: str, weight: Tensor) -> str:
-    """The implementation that serves a weight: "reference", "cpp" or "triton".
+    """The implementation that normalizes a weight: "reference", "cpp" or "triton".
 
-    "auto" takes the kernels of the weight's device, and the reference where there are none: complex weights, other
-    devices, AMD's GPUs (the Triton kernels compile for them, but have not been tested), and inside torch.func's
-    transforms and forward-mode differentiation, which see through the reference but not into kernels. Where it takes
-    the reference because the C++ kernels are missing, it warns, once per process.
+    "auto" takes the kernels of the weight's device, else the reference: for complex weights, other devices, AMD GPUs
+    (the Triton kernels compile for them, but are untested), and inside torch.func transforms and forward-mode
+    differentiation, which the kernels do not support. If it falls back because the C++ kernels are missing, it warns
+    once per process.
 
     Raises:
-        ValueError: an unknown ``impl``, or one for other devices than the weight's.
-        TypeError: a dtype that the kernels asked for do not have.
-        RuntimeError: an implementation asked for that is not there, with the reason; kernels inside a transform.
+        ValueError: an unknown ``impl``, or one for another device than the weight's.
+        TypeError: a dtype that the requested kernels do not support.
+        RuntimeError: the requested implementation is missing (with the reason), or kernels inside a transform.
     """
     if impl == "reference":
         return impl
     if impl == "auto":
-        kernels = "cpp" if weight.is_cpu else _DEVICES.get(weight.device.type)  # the usual ones are asked no further
+        kernels = "cpp" if weight.is_cpu else _DEVICES.get(weight.device.type)  # is_cpu is the cheaper test
         if kernels is None or weight.dtype not in _DTYPES[kernels] or transformed():
             return "reference"
         if kernels == "triton" and torch.version.hip is not None:
@@ -84,7 +85,7 @@ def chosen(impl: str, weight: Tensor) -> str:
 
 
 def _warn_once() -> None:
-    """That there are no C++ kernels. Not while a graph is traced, which cannot hold a warning."""
+    """Warn that the C++ kernels are missing; not while compiling, as a graph cannot contain a warning."""
     global _warned
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
@@ -96,19 +97,19 @@ def _warn_once() -> None:
 
 
 def kernels_for(impl: str, index: int) -> Backend:
-    """Whether kernels can serve the device of their kind that has this number."""
+    """Whether the kernels ``impl`` ("cpp" or "triton") support their device number ``index``."""
     return _CPP if impl == "cpp" else triton(index)
 
 
 @torch_private.constant_in_graphs
 def _supports(impl: str, index: int) -> bool:
-    """The same in a word. A graph that is traced takes the answer, and does not see how Triton is looked for."""
+    """As a bool. Dynamo takes the result as a constant, instead of tracing how Triton is looked for."""
     return kernels_for(impl, index).available
 
 
 @cache
 def triton(index: int) -> Backend:
-    """Whether the Triton kernels serve a GPU. Asked for only once there is one: it starts CUDA."""
+    """Whether the Triton kernels support GPU number ``index``. Initializes CUDA, so call it only where there is a GPU."""
     problem = _no_triton()
     if problem:
         return Backend(False, problem)
@@ -125,7 +126,7 @@ def _any_gpu() -> Backend:
 
 
 def _no_triton() -> str:
-    """What is wrong with Triton; empty if nothing is."""
+    """Why Triton cannot be used; empty if it can."""
     needed = f"{_dotted(_OLDEST_TRITON)} is needed"
     try:
         found = importlib.metadata.version("triton")
@@ -140,8 +141,8 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def available(impl: str) -> str:
-    """``impl`` if it can be used; ValueError if there is no such thing, RuntimeError with the reason if it is missing.
-    "auto" always can."""
+    """``impl`` if it is available ("auto" always is); ValueError if it is unknown, RuntimeError with the reason if it
+    is missing."""
     if impl not in NAMES:
         raise ValueError(f"impl must be one of {', '.join(map(repr, NAMES))}, got {impl!r}")
     if impl in _DEVICES.values() and not backends()[impl].available:
@@ -155,7 +156,7 @@ def transformed() -> bool:
 
 
 def _load_cpp() -> Backend:
-    """Load the extension that was built for this version of torch: an installation may hold several."""
+    """Load the extension built for this version of torch; a wheel may contain several."""
     folder = Path(__file__).parent
     ours = "_C_torch" + "_".join(torch.__version__.split(".")[:2]) + "."
     files = sorted(path.name for path in folder.glob("_C_torch*"))

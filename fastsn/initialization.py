@@ -19,8 +19,8 @@ from fastsn.norm import SpectralNorm
 
 
 def patch_initialization(module: nn.Module) -> None:
-    """Give a parametrized module, whose class is its own or that of its copies, methods that see to it. An ``apply`` of
-    the user's own, which means something else, stays."""
+    """Wrap ``apply`` and ``reset_parameters`` of a parametrized module, on its class, which only copies of the module
+    share. An ``apply`` that a subclass overrides is not wrapped."""
     kind: Any = type(module)
     if "_stores_writes" in kind.__dict__:
         return
@@ -42,9 +42,9 @@ def _storing_writes(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _writable_weights(module: nn.Module) -> Iterator[None]:
-    """Serve one W̄ of each normalized tensor for the block. Where something has been written into it, store that; bring
-    u and v to what has changed."""
-    # Inside of another such block, that one sees to it.
+    """Within the block every access to a normalized tensor returns the same W̄. At the end, in-place changes of it are
+    stored in the original, and u and v of changed weights are warmed up."""
+    # Nested blocks do nothing: the outermost one replaces forward.
     writable = {
         x: _WritableWeight(chain) for x, chain in _normalized_chains(module).items() if "forward" not in chain.__dict__
     }
@@ -56,21 +56,21 @@ def _writable_weights(module: nn.Module) -> Iterator[None]:
         for weight in writable.values():
             del weight.chain.forward
     for tensor, weight in writable.items():
-        if _normalized_chains(module).get(tensor) is weight.chain:  # not removed by what ran in the block
+        if _normalized_chains(module).get(tensor) is weight.chain:  # not removed within the block
             with torch.no_grad():
                 weight.store_changes(module, tensor)
 
 
 class _WritableWeight:
-    """In the place of a chain's forward: the same W̄ for everybody who asks. It is made when the first does, and knows
-    afterwards whether it has been written into."""
+    """Replaces the forward of a ParametrizationList: computes W̄ at the first call, returns the same tensor at later
+    ones, and detects whether it was written to."""
 
     def __init__(self, chain: ParametrizationList) -> None:
         self.chain = chain
         self._value = self._before = torch.empty(0)
         self._originals = {x: _version(x) for x in chain.parameters(recurse=False)}
         norms = [part for part in chain if isinstance(part, SpectralNorm)]
-        # torch's own reset_parameters of recurrent layers draws every parameter below the layer, learnt scales too.
+        # torch's own reset_parameters of recurrent layers re-initializes every parameter of submodules, also learnable scales.
         self._scales = {x: (_version(x), x.detach().clone()) for norm in norms for x in norm.parameters()}
 
     def __call__(self) -> Tensor:
@@ -87,7 +87,7 @@ class _WritableWeight:
         return type(chain).forward.__get__(chain)
 
     def store_changes(self, module: nn.Module, tensor: str) -> None:
-        """After the block."""
+        """Called at the end of the block: store in-place changes, restore scales, warm up u and v."""
         for scale, (version, value) in self._scales.items():
             if _version(scale) != version:
                 scale.copy_(value)
@@ -112,7 +112,7 @@ class _WritableWeight:
 
 
 def _normalized_chains(module: nn.Module) -> dict[str, ParametrizationList]:
-    """Those with a norm of fastsn, by the tensors that they make."""
+    """Tensor name -> its parametrizations, where one of them is a SpectralNorm."""
     found = sites_of(module, "")
     return {site.tensor: site.chain for site in found if site.chain is not None and site.position is not None}
 
@@ -123,7 +123,7 @@ def _has_values(chain: ParametrizationList) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """The same values, of which NaN is one."""
+    """Whether all values are equal, NaN included."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 

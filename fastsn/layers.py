@@ -23,7 +23,7 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
         scale: the constant c, a float, a tensor of one element or a (learnable, shareable) Parameter{fixed}.
         n_power_iterations: power iterations per forward in training mode.
         impl: "auto", "reference", "cpp" or "triton", see ``fastsn.backends``.
-        eps: as torch's spectral_norm; without effect, because no vector is divided by less than its own norm.
+        eps: accepted for compatibility with torch; without effect, as u and v are normalized exactly at any size.
         scale_bias: multiply the bias by c too (the gamma variants of the paper){needs_free}.
 
     Shapes: those of ``{plain}``. Any floating or complex dtype; u and v are float32 or wider. With groups the norm is
@@ -37,7 +37,7 @@ _EQUATIONS = {("out",): r"W / \sigma_{out}", ("out", "in"): r"W / ((\sigma_{out}
 
 
 class NormalizedLayer(nn.Module):
-    """What the layers share: a SpectralNorm for ``weight`` beside the arguments of the torch layer."""
+    """Base class of all layers: adds a SpectralNorm for ``weight`` to a torch layer."""
 
     variant: ClassVar[str]
     plain: ClassVar[type[nn.Module]]
@@ -88,17 +88,17 @@ class NormalizedLayer(nn.Module):
             or_one="" if row.free_scale else " or not 1",
             source=row.source,
         )
-        # help() and editors show torch's arguments and ours, not *args and **kwargs.
+        # So that help() and editors show the arguments of torch and of fastsn, not *args and **kwargs.
         own = [p for p in inspect.signature(NormalizedLayer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
         torchs = list(inspect.signature(cls.plain.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(torchs + own)  # type: ignore[attr-defined]
 
     def normalized(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias that forward uses. In training mode this is a use: the vectors advance."""
+        """The normalized weight and the bias of a forward. In training mode this runs the power iteration."""
         bias: Tensor | None = getattr(self, "bias", None)
         if self.scale_bias and bias is not None:
             bias = self.spectral_norm.scaled(bias)
-        norm: Any = self._modules["spectral_norm"]  # not getattr, which takes as long as the rest of a read in a step
+        norm: Any = self._modules["spectral_norm"]  # nn.Module.__getattr__ would double the cost of a cached read
         return norm.fast_call(self.weight), bias
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -107,7 +107,7 @@ class NormalizedLayer(nn.Module):
             self._advice = prefix, loading.advice(state_dict, prefix)
 
     def reset_parameters(self) -> None:
-        """torch's initial draw, with u and v brought to the new weight."""
+        """torch's initialization; then u and v are warmed up for the new weight."""
         super().reset_parameters()  # type: ignore[misc]
         if "spectral_norm" in self._modules and not self.weight.is_meta:
             self.spectral_norm.warm_up(self.weight)
@@ -118,14 +118,14 @@ class NormalizedLayer(nn.Module):
 
 
 def load_post_hook(layer: Any, keys: Any) -> None:
-    """A hook of load_state_dict: vectors that the checkpoint lacked are brought to its weight."""
+    """Post hook of load_state_dict: warm up the vectors that the checkpoint lacks."""
     layer.spectral_norm.warm_up_missing(lambda: layer.weight, keys.missing_keys)
     prefix, advice = layer.__dict__.pop("_advice", ("", None))
     if advice is not None:
         loading.advise(keys.missing_keys, prefix, advice)
 
 
-# The families below are always joined with a torch layer, whose attributes they read: hence self: Any.
+# The classes below are mixins of torch layers and read their attributes: hence self: Any.
 
 
 class _Linear(NormalizedLayer):
