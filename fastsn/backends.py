@@ -109,7 +109,7 @@ def _supports(impl: str, index: int) -> bool:
 
 @cache
 def triton(index: int) -> Backend:
-    """Whether the Triton kernels support GPU number ``index``. Initializes CUDA, so call it only where there is a GPU."""
+    """Whether the Triton kernels support GPU number ``index``. Initializes CUDA: call it only if there is a GPU."""
     problem = _no_triton()
     if problem:
         return Backend(False, problem)

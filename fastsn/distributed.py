@@ -95,8 +95,8 @@ def _check_equal(gathered: list[list[_Entry]]) -> None:
         for first, other in zip_longest(gathered[0], theirs):
             if first != other:
                 raise ValueError(
-                    f"model must have the same norms on every rank, got {_describe(first)} on rank 0 and {_describe(other)} "
-                    f"on rank {rank} of the group"
+                    f"model must have the same norms on every rank, got {_describe(first)} on rank 0 and "
+                    f"{_describe(other)} on rank {rank} of the group"
                 )
 
 

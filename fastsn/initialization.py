@@ -1,6 +1,6 @@
-"""Initialization of modules that are normalized already: what ``model.apply(fn)`` and ``reset_parameters`` write into a
-normalized tensor becomes the tensor that is normalized. By itself it would be lost with W̄, which is made anew for weight
-use, as under torch's parametrization."""
+"""Initialization of parametrized modules: values that ``model.apply(fn)`` or ``reset_parameters`` write in place into
+a normalized tensor are stored in the original. Without this they would be lost, as under torch's parametrization,
+because a parametrization computes a new tensor at each access."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _WritableWeight:
         self._value = self._before = torch.empty(0)
         self._originals = {x: _version(x) for x in chain.parameters(recurse=False)}
         norms = [part for part in chain if isinstance(part, SpectralNorm)]
-        # torch's own reset_parameters of recurrent layers re-initializes every parameter of submodules, also learnable scales.
+        # reset_parameters of torch's recurrent layers also draws the parameters of submodules: learnable scales.
         self._scales = {x: (_version(x), x.detach().clone()) for norm in norms for x in norm.parameters()}
 
     def __call__(self) -> Tensor:
@@ -105,7 +105,7 @@ class _WritableWeight:
             self.chain.original.copy_(self._value)
             return
         try:
-            setattr(module, tensor, self._value.detach())  # weight parametrization is asked for what gives it
+            setattr(module, tensor, self._value.detach())  # through the right_inverse of each parametrization
         except (NotImplementedError, RuntimeError) as error:
             where = f"{type(module).__name__}.{tensor}"
             raise RuntimeError(f"{where} cannot be initialized by what it is to become: {error}") from error

@@ -89,7 +89,7 @@ def spectral_norm(
         follows_autocast=follows_autocast(module, name),
     )
     unshare_class(module)
-    # Registering evaluates once and insists on an unchanged dtype.
+    # register_parametrization calls the norm once and raises if the dtype changes.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
     register_load_post_hook(module.parametrizations[name])  # type: ignore[index, arg-type]
@@ -99,7 +99,7 @@ def spectral_norm(
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    """The tensor that is to be normalized. Says what to do where another norm is there already."""
+    """The tensor to normalize. Raises or warns, with the remedy, if it is already normalized."""
     kind = type(module).__name__
     chains = list(module.values()) if isinstance(module, nn.ModuleDict) else [module]
     if chains and all(isinstance(chain, ParametrizationList | SpectralNorm) for chain in chains):
@@ -130,15 +130,15 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
 
 def unshare_class(module: nn.Module) -> None:
-    """Copies of a parametrized module share its class, where torch adds and deletes the property of a tensor. After
-    this, what it does there is done to no copy."""
+    """Give a parametrized module a class of its own. Copies of it share its class, and torch adds and deletes the
+    properties of parametrized tensors there, which would affect them all."""
     if parametrize.is_parametrized(module):
         shared = type(module)
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
 def register_load_post_hook(chain: ParametrizationList) -> None:
-    """Vectors that a checkpoint lacks are brought to its weight."""
+    """Register, once, a hook that warms up the vectors that a checkpoint lacks."""
     if _load_post_hook not in chain._load_state_dict_post_hooks.values():
         chain.register_load_state_dict_post_hook(_load_post_hook)  # type: ignore[no-untyped-call]
 
@@ -150,5 +150,5 @@ def _load_post_hook(chain: Any, keys: Any) -> None:
 
 
 def follows_autocast(module: nn.Module, name: str) -> bool:
-    """Whether autocast would cast this tensor at every use, so that a norm may return it cast."""
+    """Whether autocast casts this tensor at every access anyway, so that a norm may return it cast."""
     return name == "weight" and isinstance(module, nn.Linear | _ConvNd)

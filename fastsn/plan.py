@@ -1,4 +1,4 @@
-"""What a call for all norms of a model needs, found once and kept for as long as nothing has changed."""
+"""The norms of a model, grouped for calls of the ops, and cached until the model changes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastsn.reference import Vectors
 
 
 class Group:
-    """Norms that stand behind equally many others and iterate equally often.
+    """Norms with equally many preceding norms on their tensor and equally many power iterations.
 
     Args:
-        norms: of at least two dimensions; 1-D weights have no vectors, and nothing to share.
-        weights: of each norm its weight, or where it stands if the weight has to be asked for each time, because others
-            make it.
-        rounds: power iterations of a use in training mode.
-        vectors: (u, v) by view of each norm, to be used instead of the stored ones.
+        norms: the norms, of weights with at least two dimensions.
+        weights: per norm its weight if that is a Parameter or buffer; else its Site, as a parametrization or hook
+            computes the weight anew for each call.
+        rounds: power iterations per call.
+        vectors: per norm (u, v) by view, to use instead of the stored ones.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Group:
         self._batches = self._make_batches() if all(isinstance(x, Tensor) for x in weights) else None
 
     def batches(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
-        """What is called, each with its norms."""
+        """The batches to normalize, each with its norms."""
         return self._make_batches() if self._batches is None else self._batches
 
     def subset(self, positions: Sequence[int], vectors: Mapping[int, Vectors] | None = None) -> Group:
-        """The norms at these positions; with ``vectors`` by position, they use these and do not iterate."""
+        """The norms at these indices; with ``vectors`` by index, they use those and do not iterate."""
         norms, weights = [self.norms[i] for i in positions], [self._weights[i] for i in positions]
         if vectors is None:
             return Group(norms, weights, self.rounds)
@@ -58,7 +58,7 @@ class Group:
 
 
 def groups(model: nn.Module) -> Sequence[Group]:
-    """The groups of a model, in the order in which they are called.
+    """The groups of a model in the order of their calls, cached on the model.
 
     Raises TypeError or ValueError for a model without norms of fastsn and for weights that cannot be normalized.
     """
@@ -92,7 +92,7 @@ def _groups(found: Sequence[tuple[Site, Tensor]]) -> list[Group]:
 
 
 def _is_stored(site: Site, weight: Tensor) -> bool:
-    """Whether the weight is a Parameter or buffer itself, not made by a parametrization or a hook."""
+    """Whether the weight is a Parameter or buffer, not computed by a parametrization or a hook."""
     if site.chain is not None and site.position != 0:
         return False
     holder, name = _holder(site)
@@ -100,15 +100,15 @@ def _is_stored(site: Site, weight: Tensor) -> bool:
 
 
 def _holder(site: Site) -> tuple[nn.Module, str]:
-    """The module that has the weight, and its name there."""
+    """The module that stores the weight, and the name there."""
     return (site.owner, site.tensor) if site.chain is None else (site.chain, "original")
 
 
 class _Plan:
-    """The groups of a model, and all that they depend on.
+    """The groups of a model, and everything that they depend on.
 
-    A model has its own in its ``__dict__``. It holds modules and tensors in the model, but not the model, which is thus
-    freed as soon as nobody else holds it. A copy or a pickle of a model has none.
+    Cached in the ``__dict__`` of the model. References modules and tensors of the model but not the model itself: that
+    cycle would delay freeing it until the garbage collector runs. Not copied or pickled with the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -125,18 +125,18 @@ class _Plan:
         self._state = self._state_of(model)
         self._references = [
             module for module in modules if isinstance(module, SpectralNorm)
-        ]  # the state has all the others
+        ]  # so that ids in the state stay valid; the state references the others
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
     def is_cacheable(self, model: nn.Module) -> bool:
-        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor of a
-        model that is itself a layer and has to be asked for its weight: it would hold itself."""
+        """Not for weights that ``functional_call`` or transforms substitute, which differ in each call and may hold a
+        graph; nor for a model that is itself a layer with a computed weight: its Site would be a reference cycle."""
         given = torch_private.transforms_active() or any(weight.grad_fn is not None for weight in self._weights)
         return not (given or any(owner is model for owner in self._owners))
 
     def is_valid(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
-        if self._changes != changes.count:  # of some norm; maybe of another model's
+        if self._changes != changes.count:  # of some norm, maybe in another model
             if not _same(self._settings, self._settings_now()):
                 return False
             self._changes = changes.count
@@ -146,16 +146,16 @@ class _Plan:
         return [x for norm in self._norms for x in (*_settings(norm.__dict__), norm.__dict__.get("scale"))]
 
     def _state_of(self, model: nn.Module) -> list[object]:
-        """The modules and tensors, to be compared by identity in one pass."""
+        """Everything else that the groups depend on, to be compared by identity in one pass."""
         state: list[object] = [torch_private.transforms_active(), torch_private.parametrizations_are_cached()]
-        state.append(torch_private.tracing_state() is None)  # an export, which may be refused
+        state.append(torch_private.tracing_state() is None)  # tracing: specs are made anew, as they refuse some exports
         if torch_private.any_autocast():
             on = [device for device in self._devices if normalize.autocast_is_on(device)]
             state += [torch.get_autocast_dtype(device) for device in on]
         state += model._modules.values()
         state += [child for module in self._modules for child in module._modules.values()]
         state += [x for norm in self._norms for x in norm._buffers.values()]
-        state += [x for norm in self._norms for x in norm._parameters.values()]  # a scale that is learnt
+        state += [x for norm in self._norms for x in norm._parameters.values()]  # learnable scales
         for holder, name in self._holders:
             module = model if holder is None else holder
             weight = module._parameters.get(name)
@@ -173,5 +173,5 @@ class _Plan:
 
 
 def _same(before: list[object], now: list[object]) -> bool:
-    """By identity: to compare tensors would wait for the device."""
+    """By identity: comparing the values of tensors would wait for the device."""
     return len(before) == len(now) and all(map(is_, before, now))
