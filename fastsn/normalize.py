@@ -202,7 +202,7 @@ def _pairs(specs: Sequence[WeightSpec], new: Sequence[Vectors]) -> list[tuple[Te
 
 def _copied(vectors: Vectors) -> Vectors:
     """Copies that a compiled graph is certain to save for backward. The partitioner may recompute pointwise copies in
-    backward, from buffers that the next forward has overwritten by then; it never recomputes a concatenation."""
+    backward, from buffers that the next forward has overwritten by then, but never a concatenation."""
     tensors = [x for pair in vectors.values() for x in pair]
     parts = torch.cat(tensors).split_with_sizes([x.numel() for x in tensors])
     return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(vectors)}

@@ -125,7 +125,7 @@ class _Plan:
         self._state = self._state_of(model)
         self._references = [
             module for module in modules if isinstance(module, SpectralNorm)
-        ]  # so that ids in the state stay valid; the state references the others
+        ]  # kept alive; the state references all other modules
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
     def is_cacheable(self, model: nn.Module) -> bool:

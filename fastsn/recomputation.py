@@ -104,7 +104,7 @@ def in_backward() -> bool:
 
 
 def in_reentrant_checkpoint() -> bool:
-    """Whether this is a recomputation with ``use_reentrant=True``, which builds a graph and runs backward through it."""
+    """Whether this is a recomputation with ``use_reentrant=True``, which builds its own graph."""
     return in_backward() and not torch_private.in_nonreentrant_recomputation()
 
 

@@ -1,5 +1,5 @@
-"""The property of a tensor whose only parametrization is a norm of fastsn: the way to it costs torch's own as much as
-the norm itself, and three times as much as a read in a step."""
+"""A faster property for tensors whose only parametrization is a SpectralNorm: torch's own takes as long as the norm
+itself, and three times as long as reading a cached W̄."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastsn.norm import SpectralNorm
 
 
 def install_fast_property(module: nn.Module, tensor: str) -> None:
-    """Put a property before torch's, on the class of a parametrized module, which is its own or that of its copies."""
+    """Replace torch's property on the class of a parametrized module, which only its copies share."""
     kind = type(module)
     torchs = kind.__dict__[tensor]
     if not hasattr(torchs.fget, "is_fast"):
@@ -32,7 +32,7 @@ def _getter(tensor: str, torchs: Callable[[nn.Module], Tensor]) -> Callable[[nn.
             len(parts) == 1
             and original is not None
             and isinstance(norm, SpectralNorm)
-            and "forward" not in chain.__dict__  # as of a chain that is being initialized
+            and "forward" not in chain.__dict__  # replaced during initialization, see fastsn/initialization.py
             and not torch_private.has_hooks(chain)
         ):
             return norm.fast_call(original)

@@ -1,4 +1,4 @@
-"""One W̄ for all uses of a norm in a step, or in a forward of a fused model."""
+"""Caches W̄ for all uses of a norm within a step, or within a forward of a fused model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fastsn import checks, normalize, recomputation, torch_private
 from fastsn.normalize import Batch, UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
-CacheEntry: TypeAlias = "tuple[CachedWeights, int]"  # and the position of the norm among those of the call
+CacheEntry: TypeAlias = "tuple[CachedWeights, int]"  # with the index of the norm in the call
 _Normalized: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
 class CachedWeights:
-    """The vectors that count for some norms until a step ends, and the W̄ made with them, of one call of the ops. A norm
-    holds it with its own position among those of the call.
+    """W̄ and vectors from one call of the ops, for all its norms, until the step ends. Each norm references it together
+    with its index in the call.
 
     Args:
-        batch: what was normalized, and how.
-        values: the W̄.
-        vectors: those that the call used.
-        thread: the thread whose uses it serves first, None for all.
+        batch: the weights and settings of the call.
+        values: W̄ of each weight.
+        vectors: the vectors that the call used.
+        thread: id of the thread that entered the step; its uses prefer this entry. None: any thread.
         from_step: it is a step's, whose vectors forwards of fused models take in threads without a step of their own,
             instead of moving them.
-        traced: it is in a graph that is being compiled.
+        traced: it was made while compiling.
     """
 
     __slots__ = (
@@ -63,14 +63,14 @@ class CachedWeights:
         self._renormalized: dict[tuple[int, torch.dtype], _Normalized] = {}
 
     def for_any_thread(self) -> CachedWeights:
-        """The same for a replica, whose thread is none that has opened a step."""
+        """A copy for a replica of DataParallel, which runs in another thread."""
         own = copy.copy(self)
         own.thread, own._renormalized = None, {}
         return own
 
     def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
-        """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
-        not inside of compiled code."""
+        """The W̄ computed at the start of the step if a few cheap checks show that it is valid here, else None. Not for
+        compiled code."""
         if self._fast:
             spec, value = self._specs[position], self._values[position]
             if (
@@ -88,9 +88,9 @@ class CachedWeights:
         return None
 
     def get(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
-        """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
-        that is wanted is not the one that was made; then one made anew with the vectors of the step."""
-        # A graph cannot ask whether a weight has changed since the step began, unless the step is in the graph.
+        """The cached W̄ if it is still valid: the same weight and scale, unchanged in place, and a graph if one is needed.
+        Otherwise the weight is normalized again with the vectors of the step."""
+        # A compiled graph cannot check whether a weight has changed since a step that began outside of it.
         spec = self._specs[position]
         if (compiling and not self._traced) or (not compiling and recomputation.in_reentrant_checkpoint()):
             return self._normalize(position, weight, scale, dtype)
@@ -119,7 +119,7 @@ class CachedWeights:
 
 
 def normalize_fixed(spec: WeightSpec) -> Tensor:
-    """W̄ of vectors that stay as they are."""
+    """W̄ without a power iteration."""
     device = spec.weight.device
     if any(u.device != device for u, _ in spec.vectors.values()):  # of a replica
         moved = {view: (u.to(device), v.to(device)) for view, (u, v) in spec.vectors.items()}
@@ -129,8 +129,8 @@ def normalize_fixed(spec: WeightSpec) -> Tensor:
 
 
 def active_entry(cached: Sequence[CacheEntry], compiling: bool) -> CacheEntry | None:
-    """Of those that last, the newest of this thread; else the newest of all, for the threads of replicas and of
-    backward, which have none of their own. None if there are none, as when another thread's has just ended."""
+    """The newest entry of this thread; else the newest of all, for threads of replicas and of backward. None if there
+    are none."""
     newest = cached[-1] if cached else None
     if newest is None or compiling or _in_this_thread(newest):
         return newest
@@ -138,12 +138,12 @@ def active_entry(cached: Sequence[CacheEntry], compiling: bool) -> CacheEntry | 
 
 
 def entered_in_this_thread(cached: Sequence[CacheEntry]) -> bool:
-    """Whether one of those that last was opened by this thread."""
+    """Whether one of the entries was made by this thread."""
     return bool(cached) if torch.compiler.is_compiling() else any(map(_in_this_thread, cached))
 
 
 def step_vectors(cached: Sequence[CacheEntry]) -> Vectors | None:
-    """The vectors of the newest that a step has opened, in any thread."""
+    """The vectors of the newest entry of a step (not of a fused forward), in any thread."""
     return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.from_step), None)
 
 
@@ -152,7 +152,7 @@ def _in_this_thread(cached: CacheEntry) -> bool:
 
 
 def _versions(weight: Tensor, scale: Tensor | float, traced: bool) -> tuple[int, int]:
-    """Counters of the changes in place; 0 for what counts none."""
+    """Version counters of weight and scale; 0 for what has none."""
     tensors = (weight, scale)
     first, second = [0 if traced or not isinstance(x, Tensor) or x.is_inference() else x._version for x in tensors]
     return first, second
