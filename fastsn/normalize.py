@@ -174,7 +174,7 @@ class _FreedGraph:
 
 @torch.no_grad()
 def _iterate(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vectors]:
-    """The vectors after ``n`` iterations of the reference: always copies, as the next forward overwrites the buffers."""
+    """The vectors after ``n`` iterations of the reference: copies, as the next forward overwrites the buffers."""
     if n == 0:
         return [_copied(spec.vectors) for spec in specs]
     transformed = torch_private.transforms_active() if not torch.compiler.is_compiling() else False
@@ -185,7 +185,7 @@ def _iterate(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vecto
     for buffer, vector in _pairs(specs, new) if store else ():
         if transformed and torch_private.is_batched(buffer):
             buffer.copy_(vector)
-        else:  # out= also works on buffers captured by torch.func transforms, as in torch's own norm
+        else:  # out= also works on buffers captured by torch.func transforms
             torch.mul(vector, 1, out=buffer)
     return [_copied(vectors) for vectors in new] if torch.compiler.is_compiling() else new
 

@@ -65,14 +65,14 @@ def power_iteration(
     gradient: str = "fixed",
     v_first: Sequence[bool] | None = None,
 ) -> list[Vectors]:
-    """The vectors after ``n_power_iterations`` rounds on every view, as new tensors.
+    """The vectors after ``n_power_iterations`` iterations on every view, as new tensors.
 
     Args:
         weights: (O, I, K) each.
         vectors: per weight, view -> (u, v); their keys say which views are iterated.
         v_first: per weight, whether a round is v <- M^H u / |M^H u|, then u <- M v / |M v|, as in
             ``torch.nn.utils.spectral_norm``; default: no.
-        gradient: "fixed" treats u and v as constants (torch, Miyato); "through" lets autograd differentiate the iteration,
+        gradient: "fixed": u and v are constants (torch, Miyato); "through" lets autograd differentiate the iteration,
             as the BSN authors' own code does. Both agree once the iteration has converged.
     """
     if gradient not in ("fixed", "through"):

@@ -84,8 +84,8 @@ class StoredVectors(nn.Module):
 
     def warm_up_missing(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
         """Warm up the vectors that the loaded checkpoint lacks. The owner calls this once its weight is loaded."""
-        prefix, lacking = self.__dict__.pop("_missing_views", ("", []))
-        if not lacking:
+        prefix, missing_views = self.__dict__.pop("_missing_views", ("", []))
+        if not missing_views:
             return
         owner = prefix.rpartition(".")[0].rpartition(".")[0]
         layer, *chains = (
@@ -93,11 +93,11 @@ class StoredVectors(nn.Module):
         )
         # If the weight is missing too, the whole layer is not in the checkpoint: strict loading reports that.
         if not any(key == layer or key.startswith(tuple(chains)) for key in missing):
-            loading.warn(missing, owner, ("u", "v") if "out" in lacking else ("u_in", "v_in"), WARM_UP_ITERATIONS)
+            loading.warn(missing, owner, ("u", "v") if "out" in missing_views else ("u_in", "v_in"), WARM_UP_ITERATIONS)
             value = weight()
             if not (value.is_meta or torch_private.is_sharded(value)):
-                self.warm_up(value, only=lacking)
-            if lacking == ["in"]:  # a complete checkpoint of a variant without this view: not an error
+                self.warm_up(value, only=missing_views)
+            if missing_views == ["in"]:  # a complete checkpoint of a variant without this view: not an error
                 own = {prefix + name for name in _BUFFERS["in"]}
                 if own.issubset(missing):  # both vectors; a single missing one is a damaged checkpoint
                     missing[:] = [key for key in missing if key not in own]

@@ -16,9 +16,9 @@ DTYPES = {5: torch.float16, FLOAT32: torch.float32, 15: torch.bfloat16}
 
 
 def identify(tensors: Sequence[Tensor]) -> tuple[Hashable, Hashable]:
-    """Two hashable keys: of the layout of tensors (shapes, strides, dtypes, devices, alignment to 16 bytes, whether they
-    are inference tensors), and of their addresses. Equal keys mean equal layouts, or addresses. Raises RuntimeError for
-    a tensor without strides or storage."""
+    """Two hashable keys: of the layouts (shapes, strides, dtypes, devices, alignment to 16 bytes, whether they
+    are inference tensors), and of their addresses. Equal keys mean equal layouts, or addresses. RuntimeError for a
+    tensor without strides or storage."""
     return _built("_identify", _identify)(tensors)  # type: ignore[no-any-return]
 
 

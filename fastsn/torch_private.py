@@ -29,7 +29,7 @@ tracing_state = torch._C._get_tracing_state
 # Kernels registered for autograd keys call their own op below autograd, to avoid infinite recursion.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
-# Disables forward-mode differentiation, which torch.no_grad does not: derivatives treat an iteration as constant.
+# Disables forward-mode differentiation, which no_grad does not: derivatives treat an iteration as constant.
 forward_mode = forward_ad._set_fwd_grad_enabled
 
 # Number of active TorchDispatchModes, which have to see the public ops and not the fused private one.
@@ -40,7 +40,7 @@ is_batched = torch._C._functorch.is_batchedtensor
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks or global ones exist. If not, its forward may be called without nn.Module.__call__."""
+    """Whether the module, or torch globally, has hooks. If not, calling its forward directly is equivalent."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

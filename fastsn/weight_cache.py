@@ -88,7 +88,7 @@ class CachedWeights:
         return None
 
     def get(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
-        """The cached W̄ if it is still valid: the same weight and scale, unchanged in place, and a graph if one is needed.
+        """The cached W̄ if it is still valid: same weight and scale, unchanged in place, and a graph if one is needed.
         Otherwise the weight is normalized again with the vectors of the step."""
         # A compiled graph cannot check whether a weight has changed since a step that began outside of it.
         spec = self._specs[position]
