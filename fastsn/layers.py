@@ -33,7 +33,12 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
     negative eps, and what ``{plain}`` raises. Source: {source}.
     """
 
-_EQUATIONS = {("out",): r"W / \sigma_{out}", ("out", "in"): r"W / ((\sigma_{out} + \sigma_{in})/2)"}
+
+def _equation(row: variants.Variant) -> str:
+    """W̄ in LaTeX."""
+    sigmas = [rf"\sigma_{{{view}}}" for view in row.views]
+    divisor = sigmas[0] if len(sigmas) == 1 else f"(({' + '.join(sigmas)})/{len(sigmas)})"
+    return ("c \\, " if row.free_scale else "") + "W / " + divisor
 
 
 class NormalizedLayer(nn.Module):
@@ -82,7 +87,7 @@ class NormalizedLayer(nn.Module):
         cls.plain = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))
         cls.__doc__ = _DOC.format(
             plain=f"nn.{cls.plain.__name__}",
-            equation=("c \\, " if row.free_scale else "") + _EQUATIONS[row.views],
+            equation=_equation(row),
             fixed="" if row.free_scale else "; it is 1 for this variant",
             needs_free="" if row.free_scale else "; must be False for this variant",
             or_one="" if row.free_scale else " or not 1",

@@ -68,10 +68,10 @@ def convert(
     loaded weights with a warning). The order of ``parameters()`` may change: load an optimizer's state before
     converting.
 
-    Updates of u and v: the old hook iterates once per forward of the module, a parametrization
-    (torch's or fastsn's) once per access to the tensor. This is the same for a module whose forward reads the tensor once, as those of torch's
-    Linear, convolution and embedding layers do. A module that reads it several times in a forward, or whose tensor
-    others read, iterates more often than before. Under ``fastsn.fuse`` and ``fastsn.step`` a norm iterates once per
+    Updates of u and v: the old hook iterates once per forward of the module, a parametrization, torch's or fastsn's,
+    once per access to the tensor. These are the same if the module's forward reads the tensor once, as in torch's
+    Linear, convolution and embedding layers. A module that reads it several times in a forward, or whose tensor is
+    read by others, iterates more often than before. Under ``fastsn.fuse`` and ``fastsn.step`` a norm iterates once per
     forward of the fused model, or once per block. Vectors that are already zero or non-finite stay so until
     ``fastsn.warm_up``.
 

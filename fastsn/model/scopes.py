@@ -33,9 +33,9 @@ class step:
 
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
     them. In evaluation mode the stored vectors are used. If a weight or scale changes inside the block, it is normalized
-    again with the block's vectors (not after changes through ``.data`` or by fused optimizers: end the
-    block before ``optimizer.step()``). All uses share one graph, so call ``backward`` once, or with
-    ``retain_graph=True``. Of nested steps the innermost is used. An exception ends the step.
+    again with the block's vectors (changes through ``.data`` and by fused optimizers are not detected: end the block
+    before ``optimizer.step()``). All uses share one graph, so call ``backward`` once, or with ``retain_graph=True``. Of
+    nested steps the innermost is used. An exception ends the step.
 
     Activation checkpointing: no norm iterates during backward. A recomputed region uses the vectors of the active step,
     without one the stored vectors. If backward is called inside the block, these are those of the original forward;

@@ -53,13 +53,11 @@ def _measure(site: Site, weight: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype)))
         return norm.expand(3)
     tracked, oik = site.norm.measure(weight), views.as_oik(weight, site.norm.dim)
-    if "in" in tracked:
-        last = tracked["in"]
-    elif oik.shape[2] == 1:  # both reshapes are one matrix
-        last = tracked["out"]
+    if oik.shape[2] == 1:  # both reshapes are one matrix, but for a transposition
+        norms = [*tracked.values()] * 2
     else:
-        last = _measure_untracked(oik, "in")
-    return torch.stack([torch.real(x) for x in (reference.mean_sigma(tracked), tracked["out"], last)])
+        norms = [tracked[view] if view in tracked else _measure_untracked(oik, view) for view in views.VIEWS]
+    return torch.stack([torch.real(x) for x in (reference.mean_sigma(tracked), *norms)])
 
 
 def _measure_untracked(oik: Tensor, view: str, iterations: int = 30) -> Tensor:
