@@ -83,7 +83,7 @@ class _WritableWeight:
         return self._value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        chain = memo[id(self.chain)]  # a copy of the module that is made in the block is writable by nobody
+        chain = memo[id(self.chain)]  # a copy made within the block gets the original forward
         return type(chain).forward.__get__(chain)
 
     def store_changes(self, module: nn.Module, tensor: str) -> None:

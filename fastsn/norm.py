@@ -102,7 +102,7 @@ class SpectralNorm(StoredVectors):
         self.v_first = checks.flag(v_first, "v_first")
         given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.cached = []
-        self._kept: tuple[list[object], Batch] | None = None
+        self._cached_batch: tuple[list[object], Batch] | None = None
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik = views.as_oik(weight.detach(), self.dim)
@@ -164,12 +164,12 @@ class SpectralNorm(StoredVectors):
         state += (self.__dict__.get("scale"), torch_private.transforms_active())
         state += self._buffers.values()
         state += self._parameters.values()
-        kept = self._kept
-        if kept is not None and len(kept[0]) == len(state) and all(map(is_, kept[0], state)):
-            return kept[1]
+        previous = self._cached_batch
+        if previous is not None and len(previous[0]) == len(state) and all(map(is_, previous[0], state)):
+            return previous[1]
         batch = normalize.batch(self.spec(checks.weight(weight, "weight")))
         if isinstance(weight, nn.Parameter):  # anything else is a new tensor at each call, and may hold a graph
-            self.__dict__["_kept"] = (state, batch)
+            self.__dict__["_cached_batch"] = (state, batch)
         return batch
 
     def scaled(self, tensor: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class SpectralNorm(StoredVectors):
 
     def __getstate__(self) -> dict[str, Any]:
         # Cached tensors carry autograd graphs and belong to an active step, not to copies of the module.
-        return {**self.__dict__, "cached": [], "_kept": None}
+        return {**self.__dict__, "cached": [], "_cached_batch": None}
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
         replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

@@ -99,9 +99,9 @@ class KernelBatch(Batch):
                 mask += ops.VIEW_BITS[view]
             view_masks.append(mask)
             if isinstance(spec.scale, Tensor):
-                known = next((i for i, scale in enumerate(self.scales) if scale is spec.scale), len(self.scales))
-                self.scales += [spec.scale] * (known == len(self.scales))
-                scale_index.append(known)
+                index = next((i for i, scale in enumerate(self.scales) if scale is spec.scale), len(self.scales))
+                self.scales += [spec.scale] * (index == len(self.scales))
+                scale_index.append(index)
                 scale_factor.append(1.0)
             else:
                 scale_index.append(-1)
@@ -248,8 +248,8 @@ def saveable(scale: Tensor) -> Tensor:
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is enabled for a device type; False where autocast does not exist."""
     # torch.compile in torch 2.10 and 2.11 cannot trace is_autocast_available: called only for other device types.
-    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    return known and torch.is_autocast_enabled(device)
+    exists = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return exists and torch.is_autocast_enabled(device)
 
 
 def no_autocast(weight: Tensor) -> AbstractContextManager[object]:

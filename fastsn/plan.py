@@ -85,8 +85,8 @@ def _weights(model: nn.Module) -> list[tuple[Site, Tensor]]:
 def _groups(found: Sequence[tuple[Site, Tensor]]) -> list[Group]:
     together: dict[tuple[int, int], list[tuple[SpectralNorm, Tensor | Site]]] = {}
     for site, weight in found:
-        kept = weight if _is_stored(site, weight) else site
-        together.setdefault((site.depth, site.norm.rounds()), []).append((site.norm, kept))
+        source = weight if _is_stored(site, weight) else site
+        together.setdefault((site.depth, site.norm.rounds()), []).append((site.norm, source))
     ordered = sorted(together.items(), key=lambda entry: entry[0])
     return [Group([norm for norm, _ in own], [x for _, x in own], rounds) for (_, rounds), own in ordered]
 
@@ -125,7 +125,7 @@ class _Plan:
         self._state = self._state_of(model)
         self._references = [
             module for module in modules if isinstance(module, SpectralNorm)
-        ]  # kept alive; the state references all other modules
+        ]  # source alive; the state references all other modules
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
     def is_cacheable(self, model: nn.Module) -> bool:
