@@ -25,10 +25,10 @@ def _source() -> str:
         package = importlib.metadata.distribution("fastsn")
     except importlib.metadata.PackageNotFoundError:
         return "CLONE_OF_FASTSN"
-    told = package.read_text("direct_url.json")
-    if told is None:  # by name, from an index
+    text = package.read_text("direct_url.json")
+    if text is None:  # by name, from an index
         return f"--no-binary fastsn fastsn=={package.version}"
-    origin = json.loads(told)
+    origin = json.loads(text)
     url = origin["url"]
     if "vcs_info" in origin:
         return shlex.quote(f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}")
