@@ -45,9 +45,8 @@ def _writable_weights(module: nn.Module) -> Iterator[None]:
     """Within the block every access to a normalized tensor returns the same W̄. At the end, in-place changes of it are
     stored in the original, and u and v of changed weights are warmed up."""
     # Nested blocks do nothing: the outermost one replaces forward.
-    writable = {
-        x: _WritableWeight(chain) for x, chain in _normalized_chains(module).items() if "forward" not in chain.__dict__
-    }
+    chains = _normalized_chains(module).items()
+    writable = {tensor: _WritableWeight(chain) for tensor, chain in chains if "forward" not in chain.__dict__}
     for weight in writable.values():
         weight.chain.forward = weight  # type: ignore[method-assign]
     try:

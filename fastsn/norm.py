@@ -111,9 +111,7 @@ class SpectralNorm(StoredVectors):
                 normalize.batch(self.spec(weight)._replace(vectors=fresh)).iterate(WARM_UP_ITERATIONS)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "scale" and not isinstance(
-            value, Tensor
-        ):  # FSDP and replicas assign tensors at every forward: not checked
+        if name == "scale" and not isinstance(value, Tensor):  # not tensors: FSDP and replicas assign them all the time
             value = checks.scale(value, variants.get(self.variant))
         super().__setattr__(name, value)
         changes.count += 1
@@ -267,9 +265,7 @@ class SpectralNorm(StoredVectors):
             return f"{self.scale:.6g}"
         if self.scale.is_meta:
             value = "meta"
-        elif torch_private.is_sharded(
-            self.scale
-        ):  # reading the value of an FSDP parameter is a collective, but one rank may print alone
+        elif torch_private.is_sharded(self.scale):  # FSDP's: reading it is a collective, and one rank may print alone
             value = "sharded"
         else:
             value = f"{float(self.scale.detach()):.6g}"

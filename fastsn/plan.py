@@ -123,9 +123,7 @@ class _Plan:
         self._devices = list({weight.device.type for _, weight in found})
         self._changes, self._settings = changes.count, self._settings_now()
         self._state = self._state_of(model)
-        self._references = [
-            module for module in modules if isinstance(module, SpectralNorm)
-        ]  # source alive; the state references all other modules
+        self._references = [module for module in modules if isinstance(module, SpectralNorm)]  # others are in the state
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
     def is_cacheable(self, model: nn.Module) -> bool:

@@ -77,10 +77,8 @@ class StoredVectors(nn.Module):
         for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
             if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
                 self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
-        self._missing_views = (
-            prefix,
-            [v for v in self.views if any(prefix + x not in state_dict for x in _BUFFERS[v])],
-        )
+        missing_views = [v for v in self.views if any(prefix + name not in state_dict for name in _BUFFERS[v])]
+        self._missing_views = prefix, missing_views
 
     def warm_up_missing(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
         """Warm up the vectors that the loaded checkpoint lacks. The owner calls this once its weight is loaded."""

@@ -32,17 +32,7 @@ class CachedWeights:
         traced: it was made while compiling.
     """
 
-    __slots__ = (
-        "_fast",
-        "_renormalized",
-        "_specs",
-        "_traced",
-        "_values",
-        "_versions",
-        "from_step",
-        "thread",
-        "vectors",
-    )
+    __slots__ = ("_fast", "_specs", "_traced", "_updated", "_values", "_versions", "from_step", "thread", "vectors")
 
     def __init__(
         self,
@@ -60,12 +50,12 @@ class CachedWeights:
             self._versions = [(spec[0]._version, 0) for spec in batch.specs]
         else:
             self._versions = [_versions(spec.weight, spec.scale, traced) for spec in batch.specs]
-        self._renormalized: dict[tuple[int, torch.dtype], _Normalized] = {}
+        self._updated: dict[tuple[int, torch.dtype], _Normalized] = {}
 
     def for_any_thread(self) -> CachedWeights:
         """A copy for a replica of DataParallel, which runs in another thread."""
         own = copy.copy(self)
-        own.thread, own._renormalized = None, {}
+        own.thread, own._updated = None, {}
         return own
 
     def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
@@ -95,7 +85,7 @@ class CachedWeights:
         if (compiling and not self._traced) or (not compiling and recomputation.in_reentrant_checkpoint()):
             return self._normalize(position, weight, scale, dtype)
         versions = _versions(weight, scale, compiling)
-        made = self._renormalized.get((position, dtype))
+        made = self._updated.get((position, dtype))
         if made is None and dtype == spec.dtype:
             made = (spec.weight, spec.scale, self._versions[position], self._values[position])
         if made is not None:
@@ -109,7 +99,7 @@ class CachedWeights:
             ):
                 return value
         value = self._normalize(position, weight, scale, dtype)
-        self._renormalized[position, dtype] = (weight, scale, versions, value)
+        self._updated[position, dtype] = (weight, scale, versions, value)
         return value
 
     def _normalize(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:

@@ -79,14 +79,14 @@ class _NormAdapter(Adapter):
     def settings(self) -> dict[str, Any]:
         norm, chain = self.norm, self._site.chain
         rounds = getattr(norm, "n_power_iterations", 1)  # a norm of a 1-D tensor has none
-        kept = {"n_power_iterations": rounds, "dim": norm.dim, "eps": norm.eps}
+        settings = {"n_power_iterations": rounds, "dim": norm.dim, "eps": norm.eps}
         if isinstance(norm, SpectralNorm):
-            kept |= {"impl": norm.impl, "v_first": norm.v_first}
-            return {**kept, "vectors": norm.vectors(), "follows_autocast": norm.follows_autocast}
+            settings |= {"impl": norm.impl, "v_first": norm.v_first}
+            return {**settings, "vectors": norm.vectors(), "follows_autocast": norm.follows_autocast}
         last = chain is not None and self._site.position == len(chain) - 1
         castable = follows_autocast(self.owner, self.tensor) and not isinstance(self.owner, NormalizedLayer)
         vectors = {"out": (norm._buffers["_u"], norm._buffers["_v"])} if norm._buffers else {}  # none for a 1-D tensor
-        return {**kept, "vectors": vectors, "follows_autocast": last and castable}
+        return {**settings, "vectors": vectors, "follows_autocast": last and castable}
 
     def put(self, norm: SpectralNorm) -> None:
         """Copy the training mode and user hooks of the old norm."""

@@ -64,8 +64,8 @@ def convert(
     ``logging.getLogger("fastsn")`` says at level INFO what was done with each tensor, and why not.
 
     The keys of the state dict become those of torch's parametrization. A model that had the old hook still loads its
-    old checkpoints, ``strict=True`` too ("bsn" and "bssn" miss the vectors of the second view, which are brought to the
-    loaded weights with a warning). The order of ``parameters()`` may change: load an optimizer's state before
+    old checkpoints, ``strict=True`` too ("bsn" and "bssn" miss the vectors of the second view, which are warmed up
+    with a warning). The order of ``parameters()`` may change: load an optimizer's state before
     converting.
 
     Updates of u and v: the old hook iterates once per forward of the module, a parametrization, torch's or fastsn's,

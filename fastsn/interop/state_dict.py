@@ -43,7 +43,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
     - The dimension of output channels is the one whose sizes u and v have; among several, the one for which u and v
       belong to each other; with u alone, the first.
     - To "fastsn", u and v in half precision become float32.
-    - BigGAN and mimicry normalize u at every use; here it is brought to length 1 where they did not. They also iterate
+    - BigGAN and mimicry normalize u at every use; here it is normalized if they did not. They also iterate
       in evaluation without storing it, so their sigma is half a power iteration ahead until u has converged. Further
       singular values of BigGAN (``u1``, ``sv1``, ...) are only logged there and are not carried over.
     - A scale that is a number is in no state dict, nor is the variant: the new module has to be built with them.
@@ -116,13 +116,13 @@ def _metadata(
 ) -> OrderedDict[str, Any]:
     """The metadata without modules that no longer exist, and with the hook's version exactly where the hook is."""
     gone = _modules(before) - _modules(after)
-    kept = OrderedDict((path, dict(facts)) for path, facts in old.items() if path not in gone)
-    for facts in kept.values():
+    result = OrderedDict((path, dict(facts)) for path, facts in old.items() if path not in gone)
+    for facts in result.values():
         facts.pop(_HOOK, None)
     if to == "torch_hook":
         for entry in entries:
-            kept.setdefault(entry.prefix[:-1], {}).setdefault(_HOOK, {})[entry.tensor + _VERSION] = 1
-    return kept
+            result.setdefault(entry.prefix[:-1], {}).setdefault(_HOOK, {})[entry.tensor + _VERSION] = 1
+    return result
 
 
 def _modules(keys: Iterable[str]) -> set[str]:

@@ -32,7 +32,7 @@ class step:
             loss = -D(G(z)).mean()
 
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
-    them. In evaluation mode the stored vectors are used. If a weight or scale changes inside the block, it is normalized
+    them. In evaluation mode the stored vectors are used. If a weight or scale changes inside the block, W̄ is computed
     again with the block's vectors (changes through ``.data`` and by fused optimizers are not detected: end the block
     before ``optimizer.step()``). All uses share one graph, so call ``backward`` once, or with ``retain_graph=True``. Of
     nested steps the innermost is used. An exception ends the step.
