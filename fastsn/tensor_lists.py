@@ -1,5 +1,5 @@
-"""Keys and allocation for whole lists of tensors, needed at every call of the Triton kernels. C++
-(csrc/tensor_lists.cpp), where it is built, does the same at a third of the cost."""
+"""Keys and allocation for the arguments of every call of the Triton kernels. C++ (csrc/tensor_lists.cpp), where it is
+built, does the same at a third of the cost."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ FLOAT32 = 6
 DTYPES = {5: torch.float16, FLOAT32: torch.float32, 15: torch.bfloat16}
 
 
-def identify(tensors: Sequence[Tensor]) -> tuple[Hashable, Hashable]:
-    """Two hashable keys: of the layouts (shapes, strides, dtypes, devices, alignment to 16 bytes, whether they
-    are inference tensors), and of their addresses. Equal keys mean equal layouts, or addresses. RuntimeError for a
-    tensor without strides or storage."""
-    return _built("_identify", _identify)(tensors)  # type: ignore[no-any-return]
+def identify(op: str, arguments: Sequence[Any]) -> tuple[Hashable, Hashable]:
+    """Two hashable keys of the arguments of an op: of their layout (numbers; shapes, strides, dtypes and devices of
+    tensors, whether they are inference tensors, for those in lists their alignment to 16 bytes), and of the addresses
+    of the tensors in lists. Equal keys of one op mean equal layouts, or addresses. RuntimeError for a tensor without
+    strides or storage."""
+    return _built(f"_identify_{op}", _identify)(*arguments)  # type: ignore[no-any-return]
 
 
 def allocate(like: Sequence[Tensor], dtypes: Sequence[int]) -> tuple[list[Tensor], Hashable]:
@@ -32,9 +33,15 @@ def addresses(*lists: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([x.data_ptr() for tensors in lists for x in tensors])
 
 
-def _identify(tensors: Sequence[Tensor]) -> tuple[Hashable, Hashable]:
-    found = [(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, x.is_inference()) for x in tensors]
-    return tuple(found), addresses(tensors)
+def _identify(*arguments: Any) -> tuple[Hashable, Hashable]:
+    lists = [x for x in arguments if isinstance(x, list | tuple)]
+    kind = [_look(x) for x in arguments if not isinstance(x, list | tuple)]
+    kind += [tuple([_look(x, isinstance(x, Tensor) and x.data_ptr() & 15) for x in each]) for each in lists]
+    return tuple(kind), addresses(*[each for each in lists if each and isinstance(each[0], Tensor)])
+
+
+def _look(x: Any, alignment: int = 0) -> Hashable:
+    return (x.shape, x.stride(), x.dtype, x.device, x.is_inference(), alignment) if isinstance(x, Tensor) else x
 
 
 def _allocate(like: Sequence[Tensor], dtypes: Sequence[int]) -> tuple[list[Tensor], Hashable]:
