@@ -1,4 +1,4 @@
-"""Which implementations exist here, and why not: the reference, the C++ kernels for CPU tensors, Triton."""
+"""Which implementations are available and which one a weight uses: the reference, C++ (CPU) or Triton (CUDA)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMES = ("auto", "reference", "cpp", "triton")
 _DEVICES = {"cpu": "cpp", "cuda": "triton"}
 _DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-    "triton": (torch.float32, torch.float16, torch.bfloat16),  # nothing is gained in float64
+    "triton": (torch.float32, torch.float16, torch.bfloat16),  # no float64: GPUs compute it too slowly to gain
 }
 _OLDEST_TRITON = (3, 5)
 _OLDEST_GPU = (7, 0)
 
 
 class Backend(NamedTuple):
-    """Whether an implementation can be used, and what it is or why it cannot."""
+    """Whether an implementation is available; ``detail`` describes it, or says why it is missing."""
 
     available: bool
     detail: str
@@ -35,23 +35,24 @@ class Backend(NamedTuple):
 def backends() -> dict[str, Backend]:
     """The implementations of the kernels: {"reference" | "cpp" | "triton": (available, detail)}.
 
-    ``detail`` says what there is (the C++ kernels name the instruction set in use), or why there is nothing.
+    ``detail`` describes an available implementation (of the C++ kernels: the instruction set in use), or says why it is
+    missing.
     """
     return {"reference": _REFERENCE, "cpp": _CPP, "triton": _any_gpu()}
 
 
 def chosen(impl: str, weight: Tensor) -> str:
-    """The implementation that serves a weight: "reference", "cpp" or "triton".
+    """The implementation that normalizes a weight: "reference", "cpp" or "triton".
 
-    "auto" takes the kernels of the weight's device, and the reference where there are none: complex weights, other
-    devices, AMD's GPUs (the Triton kernels compile for them, but have not been tested), and inside torch.func's
-    transforms and forward-mode differentiation, which see through the reference but not into kernels. Where it takes
-    the reference because the C++ kernels are missing, it warns, once per process.
+    "auto" takes the kernels of the weight's device, else the reference: for complex weights, other devices, AMD GPUs
+    (the Triton kernels compile for them, but are untested), and inside torch.func transforms and forward-mode
+    differentiation, which the kernels do not support. If it falls back because the C++ kernels are missing, it warns
+    once per process.
 
     Raises:
-        ValueError: an unknown ``impl``, or one for other devices than the weight's.
-        TypeError: a dtype that the kernels asked for do not have.
-        RuntimeError: an implementation asked for that is not there, with the reason; kernels inside a transform.
+        ValueError: an unknown ``impl``, or one for another device than the weight's.
+        TypeError: a dtype that the requested kernels do not support.
+        RuntimeError: the requested implementation is missing (with the reason), or kernels inside a transform.
     """
     if impl == "reference":
         return impl
@@ -62,7 +63,7 @@ def chosen(impl: str, weight: Tensor) -> str:
             return "reference"
         if kernels == "triton" and torch.version.hip is not None:
             return "reference"  # see fastsn/triton/shared.py, last_to_arrive
-        if _serves(kernels, device.index or 0):
+        if _supports(kernels, device.index or 0):
             return kernels
         if kernels == "cpp":
             _warn_once()
@@ -71,8 +72,8 @@ def chosen(impl: str, weight: Tensor) -> str:
     if _DEVICES.get(device.type) != impl:
         wanted = next(name for name, kernels in _DEVICES.items() if kernels == impl)
         raise ValueError(f"impl={impl!r} needs weights on {wanted}, got one on {device}")
-    if not _serves(impl, device.index or 0):
-        raise RuntimeError(f"impl={impl!r} does not serve {device}: {served_by(impl, device.index or 0).detail}")
+    if not _supports(impl, device.index or 0):
+        raise RuntimeError(f"impl={impl!r} does not serve {device}: {kernels_for(impl, device.index or 0).detail}")
     if weight.dtype not in _DTYPES[impl]:
         kinds = [str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl]]
         raise TypeError(f"impl={impl!r} needs {', '.join(kinds[:-1])} or {kinds[-1]} weights, got {weight.dtype}")
@@ -84,7 +85,7 @@ def chosen(impl: str, weight: Tensor) -> str:
 
 
 def _warn_once() -> None:
-    """That there are no C++ kernels. Not while a graph is traced, which cannot hold a warning."""
+    """Warn that the C++ kernels are missing; not while compiling, as a graph cannot contain a warning."""
     global _warned
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
@@ -95,20 +96,20 @@ def _warn_once() -> None:
         )
 
 
-def served_by(impl: str, index: int) -> Backend:
-    """Whether kernels can serve the device of their kind that has this number."""
+def kernels_for(impl: str, index: int) -> Backend:
+    """Whether the kernels ``impl`` ("cpp" or "triton") support their device number ``index``."""
     return _CPP if impl == "cpp" else triton(index)
 
 
 @torch_private.constant_in_graphs
-def _serves(impl: str, index: int) -> bool:
-    """The same in a word. A graph that is traced takes the answer, and does not see how Triton is looked for."""
-    return served_by(impl, index).available
+def _supports(impl: str, index: int) -> bool:
+    """As a bool. Dynamo takes the result as a constant, instead of tracing how Triton is looked for."""
+    return kernels_for(impl, index).available
 
 
 @cache
 def triton(index: int) -> Backend:
-    """Whether the Triton kernels serve a GPU. Asked for only once there is one: it starts CUDA."""
+    """Whether the Triton kernels support GPU number ``index``. Initializes CUDA: call it only if there is a GPU."""
     problem = _no_triton()
     if problem:
         return Backend(False, problem)
@@ -125,7 +126,7 @@ def _any_gpu() -> Backend:
 
 
 def _no_triton() -> str:
-    """What is wrong with Triton; empty if nothing is."""
+    """Why Triton cannot be used; empty if it can."""
     needed = f"{_dotted(_OLDEST_TRITON)} is needed"
     try:
         found = importlib.metadata.version("triton")
@@ -140,8 +141,8 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def available(impl: str) -> str:
-    """``impl`` if it can be used; ValueError if there is no such thing, RuntimeError with the reason if it is missing.
-    "auto" always can."""
+    """``impl`` if it is available ("auto" always is); ValueError if it is unknown, RuntimeError with the reason if it
+    is missing."""
     if impl not in NAMES:
         raise ValueError(f"impl must be one of {', '.join(map(repr, NAMES))}, got {impl!r}")
     if impl in _DEVICES.values() and not backends()[impl].available:
@@ -155,7 +156,7 @@ def transformed() -> bool:
 
 
 def _load_cpp() -> Backend:
-    """Load the extension that was built for this version of torch: an installation may hold several."""
+    """Load the extension built for this version of torch; a wheel may contain several."""
     folder = Path(__file__).parent
     ours = "_C_torch" + "_".join(torch.__version__.split(".")[:2]) + "."
     files = sorted(path.name for path in folder.glob("_C_torch*"))

@@ -1,4 +1,4 @@
-"""Checks of what users pass: each raises an error that names the argument, what was expected and what came."""
+"""Validation of arguments. Every error names the argument, what was expected and what was passed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def weight(value: object, name: str) -> Tensor:
         TypeError: not a tensor, not floating point or complex, not dense, or a sharded DTensor.
         ValueError: lazy (not initialized yet), without dimensions, or without elements.
     """
-    if type(value) is not nn.Parameter and type(value) is not Tensor:  # the usual kinds are asked no further
-        _whole(value, name)
+    if type(value) is not nn.Parameter and type(value) is not Tensor:  # the common types need no further check
+        _check_kind(value, name)
     assert isinstance(value, Tensor)
     if not (value.is_floating_point() or value.is_complex()):
         raise TypeError(f"{name} must be floating point or complex, got {value.dtype}")
@@ -35,7 +35,7 @@ def weight(value: object, name: str) -> Tensor:
     return value
 
 
-def _whole(value: object, name: str) -> None:
+def _check_kind(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if isinstance(value, UninitializedParameter | UninitializedBuffer):
@@ -105,8 +105,8 @@ def scale(value: object, variant: Variant) -> float | Tensor:
     return value if isinstance(value, Tensor) else float(value)
 
 
-def scale_beside(weight: Tensor, scale: object) -> None:
-    """Raises ValueError for a scale on the meta device whose weight is not there: kernels would read garbage."""
+def scale_has_values(weight: Tensor, scale: object) -> None:
+    """Raises ValueError for a scale on meta with a weight that is not: kernels would read uninitialized memory."""
     if isinstance(scale, Tensor) and scale.is_meta and not weight.is_meta:
         raise ValueError(f"scale must have values as the weight has, got a meta tensor and a weight on {weight.device}")
 

@@ -1,4 +1,4 @@
-"""Several copies of one model: the ranks of a distributed run, and the averaged copy beside a model that trains."""
+"""Keep u and v equal across copies of a model: the ranks of a distributed run, and an averaged (EMA) copy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WRAPPERS = (AveragedModel, DataParallel, DistributedDataParallel)
 
 
 class _Entry(NamedTuple):
-    """What has to agree between ranks before bytes may be sent: which broadcast carries a buffer, and how."""
+    """Description of a buffer that all ranks must agree on before it is sent; ``broadcast``: index of its broadcast."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,12 +38,12 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     not learnt.
 
     Ranks that draw from different seeds start with different u and v, and ``DistributedDataParallel`` with
-    ``broadcast_buffers=False`` leaves it at that: same weights, other W̄. torch 2.13 deprecates that argument for
+    ``broadcast_buffers=False`` does not change that: same weights, different W̄. torch 2.13 deprecates that argument for
     ``forward_sync_buffers=False``, which gives all ranks the buffers of rank 0 once, at wrapping, so that ``sync`` is
     needed only for what changes u and v later on one rank alone. After one ``sync`` before training, ranks with equal
     weights keep equal bits, because the same input gives the same bits everywhere. It does not matter whether the model
-    is wrapped before or after; weights and learnt scales are not touched. Every rank of the group has to call it. One
-    broadcast for each device that holds vectors::
+    is wrapped before or after; weights and learnt scales are not touched. Collective: every rank of the group has to
+    call it. One broadcast per device with vectors::
 
         model = DistributedDataParallel(build(), broadcast_buffers=False)  # from torch 2.13: forward_sync_buffers
         fastsn.sync(model)
@@ -59,7 +59,7 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
         RuntimeError: torch.distributed is missing or not initialized.
         TypeError: ``model`` is not a module.
         ValueError: this rank is not in the group; or, on every rank, models that differ or have no norms of fastsn, or
-            vectors on the meta device. No vector has moved.
+            vectors on the meta device. u and v are unchanged.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -71,13 +71,13 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     state = _state(model)
     devices = list(dict.fromkeys(x.device for x in state.values()))
     mine = [_Entry(n, (*x.shape,), str(x.dtype), x.device.type, devices.index(x.device)) for n, x in state.items()]
-    everyones: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, mine, group=group)
-    _check_alike(everyones)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    _check_equal(gathered)
     checks.has_norms(_norms(model), "model")
     for device in devices:
         buffers = [x for x in state.values() if x.device == device]
-        # As bytes: all dtypes in one call, complex ones too, which not every backend sends.
+        # As bytes: one call for all dtypes, also complex ones, which not every backend supports.
         parts = [x.reshape(-1).view(torch.uint8) for x in buffers]
         sent = torch.cat(parts)
         dist.broadcast(sent, group=group, group_src=0)
@@ -86,21 +86,21 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
     return model
 
 
-def _check_alike(everyones: list[list[_Entry]]) -> None:
+def _check_equal(gathered: list[list[_Entry]]) -> None:
     """The same ValueError on every rank, or none: a rank that raised alone would leave the others waiting."""
-    for rank, theirs in enumerate(everyones):
+    for rank, theirs in enumerate(gathered):
         for entry in theirs:
             if entry.device == "meta":
                 raise ValueError(f"{entry.name} must have values, got a meta tensor on rank {rank}: materialize it")
-        for first, other in zip_longest(everyones[0], theirs):
+        for first, other in zip_longest(gathered[0], theirs):
             if first != other:
                 raise ValueError(
-                    f"model must have the same norms on every rank, got {_told(first)} on rank 0 and {_told(other)} "
-                    f"on rank {rank} of the group"
+                    f"model must have the same norms on every rank, got {_describe(first)} on rank 0 and "
+                    f"{_describe(other)} on rank {rank} of the group"
                 )
 
 
-def _told(entry: _Entry | None) -> str:
+def _describe(entry: _Entry | None) -> str:
     if entry is None:
         return "nothing"
     return f"{entry.name} ({entry.dtype}, {list(entry.shape)}, {entry.device} {entry.broadcast})"
@@ -117,9 +117,9 @@ def copy_vectors(source: nn.Module, target: Module) -> Module:
         ema.update_parameters(model)
         fastsn.copy_vectors(model, ema)
 
-    The vectors then are those of the weights that train, which suits an average that follows closely. For one that
-    lies further away (an equal average of a whole run), and before any evaluation that has to be exact, call
-    ``fastsn.warm_up(ema)``.
+    The copied vectors belong to the weights of ``source``, which is close enough for an average that follows them
+    closely. For one further away (an equal average of a whole run), and before any evaluation that must be exact,
+    call ``fastsn.warm_up(ema)``.
 
     Args:
         source: the model that trains.
@@ -162,12 +162,12 @@ def _check_module(model: object, argument: str) -> None:
 
 
 def _norms(model: nn.Module) -> list[tuple[str, SpectralNorm]]:
-    """With their names. Norms that a user's own module calls count like those of layers."""
+    """Every SpectralNorm with its name, also those that are neither of a layer nor a parametrization."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, SpectralNorm)]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """What the norms keep beside Parameters: u and v, and ``scale`` where it is a tensor."""
+    """The buffers of all norms by name: u and v, and ``scale`` where it is a tensor buffer."""
     return {name: x for path, norm in _norms(model) for name, x in norm.named_buffers(prefix=path, recurse=False)}
 
 

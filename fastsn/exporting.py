@@ -1,4 +1,4 @@
-"""What exporters are told of models that they cannot take."""
+"""Errors for exports that cannot work."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastsn.backends import chosen
 
 
 def refuse_onnx(weight: Tensor, impl: str, training: bool) -> None:
-    """Inside of an export to ONNX, raise RuntimeError unless it can succeed: that of the reference in evaluation, and
-    not by way of TorchScript. What the exporters themselves say of operators that ONNX lacks does not help."""
+    """During an export to ONNX, raise RuntimeError unless it can succeed: only the reference in evaluation mode can,
+    and not by way of TorchScript. The exporter's own error names missing operators, but no remedy."""
     if _in_onnx_export():
         traced = torch_private.tracing_state() is not None
         if traced or training or chosen(impl, weight) != "reference":
@@ -21,6 +21,6 @@ def refuse_onnx(weight: Tensor, impl: str, training: bool) -> None:
             )
 
 
-@torch_private.constant_in_graphs  # Dynamo takes torch's function for False; ours is called while it traces
+@torch_private.constant_in_graphs  # Dynamo replaces torch's function by False; this wrapper runs during tracing
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()

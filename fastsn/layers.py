@@ -23,7 +23,7 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
         scale: the constant c, a float, a tensor of one element or a (learnable, shareable) Parameter{fixed}.
         n_power_iterations: power iterations per forward in training mode.
         impl: "auto", "reference", "cpp" or "triton", see ``fastsn.backends``.
-        eps: as torch's spectral_norm; without effect, because no vector is divided by less than its own norm.
+        eps: accepted for compatibility with torch; without effect, as u and v are normalized exactly at any size.
         scale_bias: multiply the bias by c too (the gamma variants of the paper){needs_free}.
 
     Shapes: those of ``{plain}``. Any floating or complex dtype; u and v are float32 or wider. With groups the norm is
@@ -33,11 +33,16 @@ _DOC = r"""``{plain}`` with :math:`\bar W = {equation}` in place of W.
     negative eps, and what ``{plain}`` raises. Source: {source}.
     """
 
-_EQUATIONS = {("out",): r"W / \sigma_{out}", ("out", "in"): r"W / ((\sigma_{out} + \sigma_{in})/2)"}
+
+def _equation(row: variants.Variant) -> str:
+    """W̄ in LaTeX."""
+    sigmas = [rf"\sigma_{{{view}}}" for view in row.views]
+    divisor = sigmas[0] if len(sigmas) == 1 else f"(({' + '.join(sigmas)})/{len(sigmas)})"
+    return ("c \\, " if row.free_scale else "") + "W / " + divisor
 
 
 class NormalizedLayer(nn.Module):
-    """What the layers share: a SpectralNorm for ``weight`` beside the arguments of the torch layer."""
+    """Base class of all layers: adds a SpectralNorm for ``weight`` to a torch layer."""
 
     variant: ClassVar[str]
     plain: ClassVar[type[nn.Module]]
@@ -69,7 +74,7 @@ class NormalizedLayer(nn.Module):
             impl=impl,
             follows_autocast=self.follows_autocast,
         )
-        self.register_load_state_dict_post_hook(after_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(load_post_hook)  # type: ignore[no-untyped-call]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,24 +87,24 @@ class NormalizedLayer(nn.Module):
         cls.plain = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))
         cls.__doc__ = _DOC.format(
             plain=f"nn.{cls.plain.__name__}",
-            equation=("c \\, " if row.free_scale else "") + _EQUATIONS[row.views],
+            equation=_equation(row),
             fixed="" if row.free_scale else "; it is 1 for this variant",
             needs_free="" if row.free_scale else "; must be False for this variant",
             or_one="" if row.free_scale else " or not 1",
             source=row.source,
         )
-        # help() and editors show torch's arguments and ours, not *args and **kwargs.
+        # So that help() and editors show the arguments of torch and of fastsn, not *args and **kwargs.
         own = [p for p in inspect.signature(NormalizedLayer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
         torchs = list(inspect.signature(cls.plain.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(torchs + own)  # type: ignore[attr-defined]
 
     def normalized(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias that forward uses. In training mode this is a use: the vectors advance."""
+        """The normalized weight and the bias of a forward. In training mode this runs the power iteration."""
         bias: Tensor | None = getattr(self, "bias", None)
         if self.scale_bias and bias is not None:
             bias = self.spectral_norm.scaled(bias)
-        norm: Any = self._modules["spectral_norm"]  # not getattr, which takes as long as the rest of a read in a step
-        return norm.use(self.weight), bias
+        norm: Any = self._modules["spectral_norm"]  # nn.Module.__getattr__ would double the cost of a cached read
+        return norm.fast_call(self.weight), bias
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -107,7 +112,7 @@ class NormalizedLayer(nn.Module):
             self._advice = prefix, loading.advice(state_dict, prefix)
 
     def reset_parameters(self) -> None:
-        """torch's initial draw, with u and v brought to the new weight."""
+        """torch's initialization; then u and v are warmed up for the new weight."""
         super().reset_parameters()  # type: ignore[misc]
         if "spectral_norm" in self._modules and not self.weight.is_meta:
             self.spectral_norm.warm_up(self.weight)
@@ -117,15 +122,15 @@ class NormalizedLayer(nn.Module):
         return f"{super().extra_repr()}, {self.spectral_norm.extra_repr()}" + ", scale_bias=True" * self.scale_bias
 
 
-def after_loading(layer: Any, keys: Any) -> None:
-    """A hook of load_state_dict: vectors that the checkpoint lacked are brought to its weight."""
-    layer.spectral_norm.after_loading(lambda: layer.weight, keys.missing_keys)
+def load_post_hook(layer: Any, keys: Any) -> None:
+    """Post hook of load_state_dict: warm up the vectors that the checkpoint lacks."""
+    layer.spectral_norm.warm_up_missing(lambda: layer.weight, keys.missing_keys)
     prefix, advice = layer.__dict__.pop("_advice", ("", None))
     if advice is not None:
         loading.advise(keys.missing_keys, prefix, advice)
 
 
-# The families below are always joined with a torch layer, whose attributes they read: hence self: Any.
+# The classes below are mixins of torch layers and read their attributes: hence self: Any.
 
 
 class _Linear(NormalizedLayer):

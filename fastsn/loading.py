@@ -1,4 +1,4 @@
-"""What is said where a checkpoint lacks vectors of a norm."""
+"""Messages for checkpoints without u and v of a norm."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _LENIENT = "load_state_dict(state, strict=False) brings u and v to the weights o
 
 
 class Advised(str):
-    """A missing key that says what to do, in the error of strict loading alone: torch formats the keys into it, and
-    gives no hook that would know whether it is going to raise."""
+    """A missing key whose formatted text adds advice. Only the error of strict loading formats the keys; torch has no
+    hook that runs only if that error is raised."""
 
     advice = ""
 
@@ -23,14 +23,14 @@ class Advised(str):
 
 
 def advice(state: Mapping[str, Any], prefix: str) -> str | None:
-    """What to do with a checkpoint that has no vectors for the fastsn layer ``prefix``; None if it has no weight."""
+    """Advice for a checkpoint without u and v of the fastsn layer ``prefix``; None if it lacks the weight too."""
     own = {key: value for key, value in state.items() if key.startswith(prefix)}
     found = {entry.layout.name for entry in layouts.find(own) if entry.prefix == prefix} - {"fastsn"}
     return _CONVERT if found else _LENIENT if f"{prefix}weight" in own else None
 
 
 def advise(missing: list[str], prefix: str, text: str) -> None:
-    """Once per checkpoint, at the first missing key of the layer."""
+    """Add the advice to the first missing key of the layer, once per checkpoint."""
     if not any(isinstance(key, Advised) for key in missing):
         at = next((i for i, key in enumerate(missing) if key.startswith(prefix)), None)
         if at is not None:
@@ -38,11 +38,11 @@ def advise(missing: list[str], prefix: str, text: str) -> None:
             advised.advice = text
 
 
-_warned: list[str] | None = None  # of the last call of load_state_dict that has warned, its list of missing keys
+_warned: list[str] | None = None  # the missing keys of the last load_state_dict that warned: the list identifies it
 
 
 def warn(missing: list[str], owner: str, names: Sequence[str], iterations: int) -> None:
-    """Once per checkpoint."""
+    """Warn that u and v are missing and are warmed up, once per checkpoint."""
     global _warned
     if _warned is not missing:
         _warned = missing

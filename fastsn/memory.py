@@ -1,4 +1,4 @@
-"""Memory that the C++ kernels keep for later results."""
+"""The memory pool of the C++ kernels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fastsn.backends import backends
 
 
 def release_memory() -> int:
-    """Give the CPU memory of earlier results back to the system; returns how many bytes.
+    """Return the CPU memory cached by the C++ kernels to the system; returns the number of bytes.
 
-    The C++ kernels keep the memory of large normalized weights and gradients that nobody holds any more for the next
-    step: at most as much as was in use at once, and none that 512 later results have not needed. Call this when a model
-    is gone and its memory is wanted elsewhere. Results that are still held stay as they are. On a GPU, results are of
-    torch's own allocator: ``torch.cuda.empty_cache()``.
+    The kernels cache the memory of freed large results (normalized weights and gradients) for the next step: at most
+    as much as was in use at once, and none that went unused for 512 results. Call this after deleting a model.
+    Tensors that are still referenced are not affected. On a GPU use ``torch.cuda.empty_cache()``, as results come from
+    torch's allocator.
     """
     return int(torch.ops.fastsn._release_memory()) if backends()["cpp"].available else 0

@@ -1,6 +1,6 @@
-"""SpectralNorm: the state (u, v of each view) of one normalized weight, and the policy of when that state moves.
+"""SpectralNorm: normalizes one weight, stores its u and v, and decides when they are iterated.
 
-Layers hold one as a child, ``fastsn.spectral_norm`` registers one as a parametrization; both call ``norm(weight)``.
+A child module of fastsn layers, a parametrization under ``fastsn.spectral_norm``; both call ``norm(weight)``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastsn.exporting import refuse_onnx
 from fastsn.normalize import Batch, WeightSpec
 from fastsn.reference import Sigmas, Vectors
 from fastsn.stored_vectors import WARM_UP_ITERATIONS, StoredVectors
-from fastsn.weight_cache import Cached
+from fastsn.weight_cache import CacheEntry
 
 _settings = itemgetter("dim", "impl", "v_first")
 
 
 class _Changes:
-    """A number that is another one whenever an attribute of any norm has been set, in any thread: a plan of a model
-    asks no further while it stays the same."""
+    """``count`` changes whenever an attribute of any norm is set, in any thread: while it is unchanged, a plan need not
+    compare settings."""
 
     count = 0
     following = itertools.count(1).__next__  # atomic, as += is not
@@ -40,36 +40,37 @@ class SpectralNorm(StoredVectors):
     r"""Normalizes one weight: ``norm(weight)`` returns :math:`\bar W = c\,W / \mathrm{mean}_{views}(\sigma)`.
 
     In training mode every call first runs ``n_power_iterations`` rounds of :math:`u \leftarrow M v / \|M v\|`,
-    :math:`v \leftarrow M^H u / \|M^H u\|` on each view and stores u and v in place; in evaluation nothing moves. The
-    gradient holds u and v constant. Frozen weights and ``no_grad`` iterate like any other, as in torch.
+    :math:`v \leftarrow M^H u / \|M^H u\|` on each view and stores u and v in place; in evaluation mode they are not
+    updated. The gradient treats u and v as constants. Frozen weights, and calls under ``no_grad``, iterate too, as in
+    torch.
 
     Args:
-        weight: the weight as it is now, any shape with at least one dimension. A 1-D weight is divided by its 2-norm
-            and keeps no state.
-        n_power_iterations: rounds per use in training mode, at least 1.
+        weight: the current weight, any shape with at least one dimension. A 1-D weight is divided by its 2-norm and
+            has no u and v.
+        n_power_iterations: power iterations per call in training mode, at least 1.
         dim: the dimension of output channels.
         eps: floor of the norm of a 1-D weight, as in torch. A weight with more dimensions needs none: its vectors are
             normalized exactly at any size, and a zero vector is not stored.
         variant: "sn", "ssn", "bsn" or "bssn", see ``fastsn.variants``.
-        scale: the constant c of "ssn" and "bssn": a float, a tensor of one element, or a Parameter, which is learnt
-            and may be shared between norms.
-        impl: who computes: "auto" (the kernels of the weight's device, else the reference), "reference", "cpp" or
+        scale: the constant c of "ssn" and "bssn": a float, a tensor of one element, or a Parameter (learnable, may be
+            shared between norms).
+        impl: the implementation: "auto" (the kernels of the weight's device, else the reference), "reference", "cpp" or
             "triton"; see ``fastsn.backends``.
         follows_autocast: return the weight in the autocast dtype while autocast is on. For weights of operations
             that autocast would cast anyway; the iteration itself never runs in a lower precision.
-        vectors: (u, v) by view, to be held as they are: the same tensors, unless they have to be widened. Only views
-            that are not in it are drawn and iterated. For norms that take the place of others.
-        v_first: a round updates v before u, as in torch's old hook ``torch.nn.utils.spectral_norm``.
+        vectors: initial (u, v) by view, registered without a copy unless the dtype has to be widened. Views that are
+            not in it are drawn at random and iterated. For replacing another norm.
+        v_first: a power iteration updates v before u, as in torch's old hook ``torch.nn.utils.spectral_norm``.
 
     Buffers: u and v, see ``StoredVectors``.
 
     Raises:
-        ValueError, TypeError, IndexError: naming the argument, what was expected and what came.
+        ValueError, TypeError, IndexError: a bad argument; the message names it.
         RuntimeError: an ``impl`` that is not available, with the reason.
     """
 
     scale: float | Tensor
-    cached: list[Cached]  # of the steps and fused forwards that last, the newest last
+    cached: list[CacheEntry]  # of the active steps and fused forwards, newest last
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class SpectralNorm(StoredVectors):
         self.variant = variant
         self.impl = available(impl)
         scale = checks.scale(scale, row)
-        checks.scale_beside(weight, scale)
+        checks.scale_has_values(weight, scale)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale)
         else:
@@ -104,7 +105,7 @@ class SpectralNorm(StoredVectors):
         self.v_first = checks.flag(v_first, "v_first")
         given: Any = checks.vectors_by_view({} if vectors is None else vectors)
         self.cached = []
-        self._kept: tuple[list[object], Batch] | None = None
+        self._cached_batch: tuple[list[object], Batch] | None = None
         if weight.ndim > 1:
             self.n_power_iterations = n_power_iterations
             oik = views.as_oik(weight.detach(), self.dim)
@@ -113,18 +114,18 @@ class SpectralNorm(StoredVectors):
                 normalize.batch(self.spec(weight)._replace(vectors=fresh)).iterate(WARM_UP_ITERATIONS)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "scale" and not isinstance(value, Tensor):  # tensors: FSDP and replicas put theirs here all the time
+        if name == "scale" and not isinstance(value, Tensor):  # not tensors: FSDP and replicas assign them all the time
             value = checks.scale(value, variants.get(self.variant))
         super().__setattr__(name, value)
         changes.count = changes.following()
 
-    def use(self, weight: Tensor) -> Tensor:
-        """``self(weight)``, which the usual use in a step gets in a shorter way."""
+    def fast_call(self, weight: Tensor) -> Tensor:
+        """``self(weight)``, by a shorter path if a step has cached W̄."""
         if self.cached and not (torch.compiler.is_compiling() or torch_private.has_hooks(self)):
-            for weights, position in self.cached[-1:]:  # of which another thread's may just have ended
-                usual = weights.usual(position, weight, self.scale)
-                if usual is not None:
-                    return usual
+            for weights, position in self.cached[-1:]:  # a slice, as another thread may just have ended its step
+                cached = weights.fast_get(position, weight, self.scale)
+                if cached is not None:
+                    return cached
         return self(weight)  # type: ignore[no-any-return]
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -136,12 +137,12 @@ class SpectralNorm(StoredVectors):
             unit = F.normalize(weight.to(reference.wide(weight.dtype)), dim=0, eps=self.eps)
             return self.scaled(unit).to(weight.dtype)
         compiling = torch.compiler.is_compiling()
-        region = None if compiling else recomputation.region()
+        region = None if compiling else recomputation.current_region()
         if region is not None and region.replaying is not None:
-            return weight_cache.make(
+            return weight_cache.normalize_fixed(
                 self.spec(checks.weight(weight, "weight"))._replace(vectors=recomputation.replay(self))
             )
-        cached = weight_cache.in_force(self.cached, compiling)
+        cached = weight_cache.active_entry(self.cached, compiling)
         if cached is not None:
             weights, position = cached
             if region is not None:
@@ -149,14 +150,14 @@ class SpectralNorm(StoredVectors):
             return weights.get(position, weight, self.scale, self._out_dtype(weight), compiling)
         rounds = 0 if not compiling and recomputation.in_backward() else self.rounds()
         batch = self._batch(weight, compiling)
-        with recomputation.unseen_by_checkpoints():
+        with recomputation.hide_from_checkpoint():
             (normalized,), vectors = batch.normalize(rounds, rounds > 0)
         if region is not None:
             recomputation.record(self, vectors, 0)
         return normalized
 
     def _batch(self, weight: Tensor, compiling: bool) -> Batch:
-        """What normalizes the weight: that of the last use, if nothing has changed since."""
+        """The batch of this weight: the cached one if neither the weight nor a setting has changed."""
         if compiling or torch_private.tracing_state() is not None:
             return normalize.batch(self.spec(checks.weight(weight, "weight")))
         state: list[object] = [weight, weight.dtype, weight.is_cpu, weight.get_device(), self._out_dtype(weight)]
@@ -164,12 +165,12 @@ class SpectralNorm(StoredVectors):
         state += (self.__dict__.get("scale"), torch_private.transforms_active())
         state += self._buffers.values()
         state += self._parameters.values()
-        kept = self._kept
-        if kept is not None and len(kept[0]) == len(state) and all(map(is_, kept[0], state)):
-            return kept[1]
+        previous = self._cached_batch
+        if previous is not None and len(previous[0]) == len(state) and all(map(is_, previous[0], state)):
+            return previous[1]
         batch = normalize.batch(self.spec(checks.weight(weight, "weight")))
-        if isinstance(weight, nn.Parameter):  # what others make is a new tensor each time, and may have a graph
-            self.__dict__["_kept"] = (state, batch)
+        if isinstance(weight, nn.Parameter):  # anything else is a new tensor at each call, and may hold a graph
+            self.__dict__["_cached_batch"] = (state, batch)
         return batch
 
     def scaled(self, tensor: Tensor) -> Tensor:
@@ -177,20 +178,20 @@ class SpectralNorm(StoredVectors):
         return tensor * (normalize.saveable(self.scale).reshape(()) if isinstance(self.scale, Tensor) else self.scale)
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Assigning to a parametrized tensor stores the value as it is, as torch does."""
+        """Assigning to a parametrized tensor stores the value unchanged, as in torch."""
         return value
 
     def rounds(self) -> int:
-        """How many power iterations a use costs in this mode."""
+        """Power iterations per call in the current mode."""
         return self.n_power_iterations if self.training else 0
 
     def spec(self, weight: Tensor) -> WeightSpec:
-        """The weight with everything that normalizes it, in the dtype that is asked for now."""
+        """The WeightSpec of a call, with the output dtype under the current autocast."""
         if torch_private.tracing_state() is not None or torch.compiler.is_compiling():
             refuse_onnx(weight, self.impl, self.training)
         scale = self.scale
         if isinstance(scale, Tensor):
-            checks.scale_beside(weight, scale)
+            checks.scale_has_values(weight, scale)
         return WeightSpec(weight, self.dim, self.vectors(), scale, self._out_dtype(weight), self.impl, self.v_first)
 
     def measure(self, weight: Tensor) -> Sigmas:
@@ -199,14 +200,14 @@ class SpectralNorm(StoredVectors):
             return reference.sigmas([self._oik(weight)], [self.vectors()])[0]
 
     def evaluate(self, weight: Tensor) -> Tensor:
-        """What evaluation mode returns outside any step and autocast, whatever the mode: not a use, nothing moves."""
+        """W̄ as in evaluation mode, outside of steps and autocast, in any mode. u and v are not updated."""
         with normalize.no_autocast(weight):
             return self(weight) if weight.ndim == 1 else normalize.normalize(self.spec(weight), 0, False)[0]
 
-    def peek(self, weight: Tensor) -> Tensor:
-        """``evaluate``, but by the vectors of a step in force."""
+    def evaluate_cached(self, weight: Tensor) -> Tensor:
+        """``evaluate``, but with the vectors of an active step, if there is one."""
         compiling = torch.compiler.is_compiling()
-        cached = weight_cache.in_force(self.cached, compiling)
+        cached = weight_cache.active_entry(self.cached, compiling)
         if cached is None:
             return self.evaluate(weight)
         weights, position = cached
@@ -214,9 +215,9 @@ class SpectralNorm(StoredVectors):
 
     @torch.no_grad()
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS, only: Sequence[str] | None = None) -> None:
-        """Bring u and v (of ``only`` these views) to a weight they do not belong to yet: redraw unusable ones (on meta,
-        non-finite, far from length 1, as ``to_empty`` leaves them), then iterate and store, whatever the mode. No scale
-        is needed for it."""
+        """Iterate and store u and v (of the views ``only``, default: all) for a new weight, in any mode. Unusable
+        vectors (on meta, non-finite, far from length 1, as after ``to_empty``) are redrawn first. The scale is not
+        used, so it may be on meta."""
         wanted = self.views if only is None else only
         self.redraw_unusable(wanted, weight.device)
         if wanted:
@@ -238,16 +239,16 @@ class SpectralNorm(StoredVectors):
         return torch.get_autocast_dtype(device)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a step serves carries graphs and belongs to the step, not to copies of the module.
-        return {**self.__dict__, "cached": [], "_kept": None}
+        # Cached tensors carry autograd graphs and belong to an active step, not to copies of the module.
+        return {**self.__dict__, "cached": [], "_cached_batch": None}
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
         replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.cached = [(weights.of_every_thread(), position) for weights, position in self.cached]
+        replica.cached = [(weights.for_any_thread(), position) for weights, position in self.cached]
         return replica
 
     def extra_repr(self) -> str:
-        """The variant, the scale, more than one iteration, v before u, and the implementation in use."""
+        """Variant, scale and implementation, and the number and order of iterations where they are not the default."""
         parts = [f"variant={self.variant!r}", f"scale={self._scale_repr()}"]
         if getattr(self, "n_power_iterations", 1) != 1:
             parts.append(f"n_power_iterations={self.n_power_iterations}")
@@ -258,7 +259,7 @@ class SpectralNorm(StoredVectors):
         return ", ".join(parts)
 
     def _impl_in_use(self) -> str:
-        """Who computes for a weight where the vectors are: what "auto" stands for there."""
+        """The implementation that "auto" resolves to on the device of u and v."""
         u = self.vectors()[self.views[0]][0]
         return chosen("auto", u) if self.impl == "auto" and not u.is_meta else self.impl
 
@@ -267,7 +268,7 @@ class SpectralNorm(StoredVectors):
             return f"{self.scale:.6g}"
         if self.scale.is_meta:
             value = "meta"
-        elif torch_private.is_sharded(self.scale):  # FSDP's: its value takes all ranks, and one of them may print alone
+        elif torch_private.is_sharded(self.scale):  # FSDP's: reading it is a collective, and one rank may print alone
             value = "sharded"
         else:
             value = f"{float(self.scale.detach()):.6g}"

@@ -1,4 +1,4 @@
-"""Weights to normalize, in lists: who computes them, and one call of the ops for all that one call can take."""
+"""Batches of weights that one call of the ops normalizes, and their dispatch to an implementation."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastsn import ops, reference, torch_private, views
-from fastsn.backends import chosen, served_by
+from fastsn.backends import chosen, kernels_for
 from fastsn.reference import Vectors
 
 
 class WeightSpec(NamedTuple):
-    """A weight and all that normalizes it.
+    """A weight and the settings and state that normalize it.
 
-    ``dim``: the dimension of output channels; ``vectors``: (u, v) by view, which are updated in place; ``dtype``: that
-    of W̄; ``v_first``: the order of the two halves of an iteration.
+    ``dim``: the dimension of output channels; ``vectors``: (u, v) by view, updated in place; ``dtype``: of W̄;
+    ``v_first``: update v before u.
     """
 
     weight: Tensor
@@ -31,10 +31,10 @@ class WeightSpec(NamedTuple):
 
 
 class UsedVectors:
-    """The vectors that a call normalized its weights with: private copies, which the next forward does not overwrite.
+    """The vectors that a call used: copies, which the next forward does not overwrite.
 
-    ``stored``: the vectors of each weight; with ``flat`` only their sizes count, and the values are in there, end to
-    end. Of the weights nothing is kept: vectors outlive the graphs that weights may have.
+    ``stored``: the vectors of each weight. With ``flat``, the values of all vectors concatenated, ``stored`` gives only
+    their sizes. No reference to a weight, whose graph would otherwise live as long.
     """
 
     __slots__ = ("_flat", "_stored")
@@ -43,7 +43,7 @@ class UsedVectors:
         self._stored, self._flat = stored, flat
 
     def of(self, position: int) -> Vectors:
-        """Those of the weight at this position in the call."""
+        """The vectors of the weight with this index in the call."""
         if self._flat is None:
             return self._stored[position]
         own = self._stored[position]
@@ -53,13 +53,13 @@ class UsedVectors:
 
 
 class Batch:
-    """Weights that one call takes: of one implementation, one device and one dtype of sums."""
+    """Weights that one call normalizes: the same implementation, device and accumulation dtype."""
 
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         self.specs = specs
-        # Whether the version of a weight tells that its W̄ is right still.
+        # Whether the version counter of the weight alone validates a cached W̄ (not that of a tensor scale too).
         traced = torch.compiler.is_compiling()
-        self.quick = not (traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs))
+        self.fast_lookup = not (traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs))
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""
@@ -69,18 +69,18 @@ class Batch:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         raise NotImplementedError
 
-    def explain_freed_graphs(self, made: Sequence[Tensor]) -> None:
-        """See to it that a second backward through these W̄, whose graph the first has freed, says what to do. Kernels
-        have rules of differentiation that do."""
+    def raise_on_second_backward(self, made: Sequence[Tensor]) -> None:
+        """Make a second backward through these W̄, after the first has freed the graph, raise an error with the remedy.
+        A no-op here: the backward of the kernels raises it itself."""
 
 
-_IN_ONE_CALL = served_by("cpp", 0).available  # csrc/normalize.cpp
+_HAS_FUSED_OP = kernels_for("cpp", 0).available  # csrc/normalize.cpp
 
 
 class KernelBatch(Batch):
-    """Of the C++ or the Triton kernels: the arguments of the list ops."""
+    """A batch for the C++ or Triton kernels: the arguments of the list ops."""
 
-    _known: Tensor | None = None  # what stands for it in C++, once it is used again
+    _handle: Tensor | None = None  # handle of these arguments in C++, from the second call on
 
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         super().__init__(specs)
@@ -99,9 +99,9 @@ class KernelBatch(Batch):
                 mask += ops.VIEW_BITS[view]
             view_masks.append(mask)
             if isinstance(spec.scale, Tensor):
-                known = next((i for i, scale in enumerate(self.scales) if scale is spec.scale), len(self.scales))
-                self.scales += [spec.scale] * (known == len(self.scales))
-                scale_index.append(known)
+                index = next((i for i, scale in enumerate(self.scales) if scale is spec.scale), len(self.scales))
+                self.scales += [spec.scale] * (index == len(self.scales))
+                scale_index.append(index)
                 scale_factor.append(1.0)
             else:
                 scale_index.append(-1)
@@ -117,12 +117,12 @@ class KernelBatch(Batch):
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         store = store and n > 0
-        if self._used and _IN_ONE_CALL and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
-            if self._known is None and self._may_be_known():
+        if self._used and _HAS_FUSED_OP and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
+            if self._handle is None and self._can_have_handle():
                 lists = (self.weights, self.u, self.v, self.scales)
-                self._known = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
-            if self._known is not None:
-                outputs, vectors = torch.ops.fastsn._normalize(self._known, n, store)
+                self._handle = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
+            if self._handle is not None:
+                outputs, vectors = torch.ops.fastsn._normalize(self._handle, n, store)
                 return outputs, UsedVectors(self.stored, vectors)
         self._used = True
         iterated = ops.power_iteration_ if store else ops.power_iteration
@@ -130,45 +130,45 @@ class KernelBatch(Batch):
         scales = [saveable(scale) for scale in self.scales]
         outputs, _ = ops.rescale(self.weights, scales, sigma, vectors, *self._rescale)
         wanted = [requires_grad(spec.weight, spec.scale) for spec in self.specs]
-        if not all(wanted):  # an op gives all of its results a graph as soon as one needs it
+        if not all(wanted):  # autograd gives every result of an op requires_grad if one needs it
             outputs = [w if own else w.detach() for w, own in zip(outputs, wanted, strict=True)]
         return outputs, UsedVectors(self.stored, vectors)
 
-    def _may_be_known(self) -> bool:
-        """Not tensors of other classes, which are to see the ops of the schema, nor any that torch is to swap, as it
-        does with some of these classes anyway: it refuses that for tensors that C++ refers to."""
+    def _can_have_handle(self) -> bool:
+        """False for tensor subclasses, which must see the ops of the schema, and where ``module.to`` swaps tensors,
+        which torch refuses for tensors that C++ refers to."""
         given = (*self.weights, *self.u, *self.v, *self.scales)
         plain = all(type(x) in (Tensor, nn.Parameter) for x in given)
         return plain and not torch.__future__.get_swap_module_params_on_conversion()
 
 
 class ReferenceBatch(Batch):
-    """Of the reference: differentiated by torch itself, to any order and by its transforms."""
+    """A batch for the reference: differentiable to any order, and by torch.func transforms."""
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""
-        _iterated(self.specs, n, True)
+        _iterate(self.specs, n, True)
 
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
-        specs, vectors = self.specs, _iterated(self.specs, n, store)
+        specs, vectors = self.specs, _iterate(self.specs, n, store)
         with no_autocast(specs[0].weight):
-            # Widened once: the parts of a half-precision gradient are added up before it is rounded.
+            # One cast: the terms of a half-precision gradient are summed before rounding.
             weights = [spec.weight.to(reference.wide(spec.weight.dtype)) for spec in specs]
             oiks = [views.as_oik(w, spec.dim) for w, spec in zip(weights, specs, strict=True)]
             scales = [saveable(spec.scale) if isinstance(spec.scale, Tensor) else spec.scale for spec in specs]
             sigmas = reference.sigmas(oiks, vectors)
             return reference.rescale(weights, sigmas, scales, [spec.dtype for spec in specs]), UsedVectors(vectors)
 
-    def explain_freed_graphs(self, made: Sequence[Tensor]) -> None:
-        """By a hook of each node, which costs some microseconds."""
+    def raise_on_second_backward(self, made: Sequence[Tensor]) -> None:
+        """By a prehook on each node, which costs some microseconds."""
         for weight in made:
             if weight.grad_fn is not None:
                 weight.grad_fn.register_prehook(_FreedGraph())
 
 
 class _FreedGraph:
-    """Before a backward goes through a node."""
+    """Prehook of an autograd node: raises if an earlier backward has freed the graph."""
 
     def __init__(self) -> None:
         self._freed = False
@@ -176,15 +176,15 @@ class _FreedGraph:
     def __call__(self, _: Any) -> None:
         if self._freed:
             raise RuntimeError(ops.autograd.FREED)
-        if not torch.compiler.is_compiling():  # compiled autograd would see a call that it cannot trace
-            self._freed = not torch_private.keeps_graph()
+        if not torch.compiler.is_compiling():  # compiled autograd cannot trace the call
+            self._freed = not torch_private.retains_graph()
 
 
 @torch.no_grad()
-def _iterated(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vectors]:
-    """The reference's vectors after ``n`` rounds: private copies always, as the next forward overwrites the buffers."""
+def _iterate(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vectors]:
+    """The vectors after ``n`` iterations of the reference: copies, as the next forward overwrites the buffers."""
     if n == 0:
-        return [_copies(spec.vectors) for spec in specs]
+        return [_copied(spec.vectors) for spec in specs]
     transformed = torch_private.transforms_active() if not torch.compiler.is_compiling() else False
     with torch_private.forward_mode(False) if transformed else nullcontext(), no_autocast(specs[0].weight):
         oiks = [views.as_oik(spec.weight, spec.dim) for spec in specs]
@@ -193,13 +193,13 @@ def _iterated(specs: Sequence[WeightSpec], n: int, store: bool) -> Sequence[Vect
     for buffer, vector in _pairs(specs, new) if store else ():
         if transformed and torch_private.is_batched(buffer):
             buffer.copy_(vector)
-        else:  # out= also works on captured buffers inside of torch.func's transforms, as torch's own norm does
+        else:  # out= also works on buffers captured by torch.func transforms
             torch.mul(vector, 1, out=buffer)
-    return [_copies(vectors) for vectors in new] if torch.compiler.is_compiling() else new
+    return [_copied(vectors) for vectors in new] if torch.compiler.is_compiling() else new
 
 
 def _pairs(specs: Sequence[WeightSpec], new: Sequence[Vectors]) -> list[tuple[Tensor, Tensor]]:
-    """Each stored vector, and the new one for it."""
+    """Pairs (stored vector, new vector)."""
     return [
         pair
         for spec, vectors in zip(specs, new, strict=True)
@@ -208,9 +208,9 @@ def _pairs(specs: Sequence[WeightSpec], new: Sequence[Vectors]) -> list[tuple[Te
     ]
 
 
-def _copies(vectors: Vectors) -> Vectors:
-    """Copies that a compiled graph saves for its backward. What is made element by element it may instead make again
-    there, from the buffers, which the next forward has overwritten by then; a concatenation it never makes twice."""
+def _copied(vectors: Vectors) -> Vectors:
+    """Copies that a compiled graph is certain to save for backward. The partitioner may recompute pointwise copies in
+    backward, from buffers that the next forward has overwritten by then, but never a concatenation."""
     tensors = [x for pair in vectors.values() for x in pair]
     parts = torch.cat(tensors).split_with_sizes([x.numel() for x in tensors])
     return {view: (parts[2 * i], parts[2 * i + 1]) for i, view in enumerate(vectors)}
@@ -220,7 +220,7 @@ _BATCH: dict[str, type[Batch]] = {"reference": ReferenceBatch, "cpp": KernelBatc
 
 
 def batches(specs: Sequence[WeightSpec]) -> list[tuple[Batch, list[int]]]:
-    """As few batches as there can be, each with the positions of its weights among ``specs``."""
+    """``specs`` in as few batches as possible, each with the indices of its weights in ``specs``."""
     kinds: dict[Any, Any] = {}
     groups: dict[Any, list[int]] = {}
     for i, spec in enumerate(specs):
@@ -232,35 +232,35 @@ def batches(specs: Sequence[WeightSpec]) -> list[tuple[Batch, list[int]]]:
 
 
 def batch(spec: WeightSpec) -> Batch:
-    """Of a single weight."""
+    """The batch of a single weight."""
     return _BATCH[chosen(spec.impl, spec.weight)]([spec])
 
 
 def normalize(spec: WeightSpec, n: int, store: bool) -> tuple[Tensor, Vectors]:
-    """A single weight's W̄ after ``n`` power iterations, and the vectors that it was made with."""
+    """W̄ of a single weight after ``n`` power iterations, and the vectors used."""
     (weight,), used = batch(spec).normalize(n, store)
     return weight, used.of(0)
 
 
 def requires_grad(weight: Tensor, scale: float | Tensor) -> bool:
-    """Whether W̄ should."""
+    """Whether W̄ requires grad."""
     return weight.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
 
 
 def saveable(scale: Tensor) -> Tensor:
-    """A scale that a graph can save: of a buffer a copy. DDP of torch 2.10 and 2.11 writes over buffers before each
-    forward, and the first of two would find what it has saved overwritten."""
+    """A scale that autograd can save: a copy if it is a buffer. DDP in torch 2.10 and 2.11 overwrites buffers before
+    each forward, which would invalidate tensors saved by an earlier forward."""
     return scale if scale.requires_grad or not torch.is_grad_enabled() else scale.clone()
 
 
 def autocast_is_on(device: str) -> bool:
-    """Whether autocast is on for a type of device; False where there is no such thing."""
-    # The compiler of torch 2.10 and 2.11 cannot trace the question whether there is: asked only where there may not be.
-    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    return known and torch.is_autocast_enabled(device)
+    """Whether autocast is enabled for a device type; False where autocast does not exist."""
+    # torch.compile in torch 2.10 and 2.11 cannot trace is_autocast_available: called only for other device types.
+    exists = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return exists and torch.is_autocast_enabled(device)
 
 
 def no_autocast(weight: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast: iterations never run in a lower precision."""
+    """A context that disables autocast: power iterations never run in lower precision."""
     device = weight.device.type
     return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()

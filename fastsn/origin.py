@@ -1,4 +1,4 @@
-"""Where this installation came from, and the command that makes it anew with the C++ kernels."""
+"""The pip command that reinstalls fastsn from where it was installed, with the C++ kernels."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from urllib.parse import unquote, urlsplit
 
 
 def reinstall() -> str:
-    """What to type. pip keeps wheels that it has built, also those without kernels or for another torch, and takes an
-    installed package for done: it has to be told to build. Without isolation it builds with the torch that is here."""
+    """The command. pip caches wheels that it has built, also those without kernels or for another torch, and skips
+    installed packages, so its flags force a build; without isolation it builds with the installed torch."""
     flags = "--no-cache-dir --force-reinstall --no-deps --no-build-isolation"
     return f'pip install "setuptools>=77" && pip install {flags} {_source()}'
 
 
 def _source() -> str:
-    """What pip was given, as an argument for it."""
+    """The source that pip installed from, as an argument of pip."""
     root = Path(__file__).parent.parent
-    if (root / "setup.py").exists():  # a clone that is used where it is
+    if (root / "setup.py").exists():  # a clone, or an editable installation
         return f"--editable {shlex.quote(str(root))}"
     try:
         package = importlib.metadata.distribution("fastsn")
     except importlib.metadata.PackageNotFoundError:
         return "CLONE_OF_FASTSN"
-    told = package.read_text("direct_url.json")
-    if told is None:  # by name, from an index
+    text = package.read_text("direct_url.json")
+    if text is None:  # by name, from an index
         return f"--no-binary fastsn fastsn=={package.version}"
-    origin = json.loads(told)
+    origin = json.loads(text)
     url = origin["url"]
     if "vcs_info" in origin:
         return shlex.quote(f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}")

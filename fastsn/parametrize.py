@@ -15,10 +15,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from fastsn import checks, views
-from fastsn.initialization import initializable
-from fastsn.model.sites import evaluated, sites_of
+from fastsn.initialization import patch_initialization
+from fastsn.model.sites import evaluate_chain, sites_of
 from fastsn.norm import SpectralNorm
-from fastsn.tensor_property import read_quickly
+from fastsn.tensor_property import install_fast_property
 
 SPECTRAL_NORMS = (SpectralNorm, TorchNorm)
 
@@ -88,18 +88,18 @@ def spectral_norm(
         impl=impl,
         follows_autocast=follows_autocast(module, name),
     )
-    own_class(module)
-    # Registering evaluates once and insists on an unchanged dtype.
+    unshare_class(module)
+    # register_parametrization calls the norm once and raises if the dtype changes.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
-    brought_up_after_loading(module.parametrizations[name])  # type: ignore[index, arg-type]
-    initializable(module)
-    read_quickly(module, name)
+    register_load_post_hook(module.parametrizations[name])  # type: ignore[index, arg-type]
+    patch_initialization(module)
+    install_fast_property(module, name)
     return module
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    """The tensor that is to be normalized. Says what to do where another norm is there already."""
+    """The tensor to normalize. Raises or warns, with the remedy, if it is already normalized."""
     kind = type(module).__name__
     chains = list(module.values()) if isinstance(module, nn.ModuleDict) else [module]
     if chains and all(isinstance(chain, ParametrizationList | SpectralNorm) for chain in chains):
@@ -129,26 +129,26 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def own_class(module: nn.Module) -> None:
-    """Copies of a parametrized module share its class, where torch adds and deletes the property of a tensor. After
-    this, what it does there is done to no copy."""
+def unshare_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own. Copies of it share its class, and torch adds and deletes the
+    properties of parametrized tensors there, which would affect them all."""
     if parametrize.is_parametrized(module):
         shared = type(module)
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
-def brought_up_after_loading(chain: ParametrizationList) -> None:
-    """Vectors that a checkpoint lacks are brought to its weight."""
-    if _after_loading not in chain._load_state_dict_post_hooks.values():
-        chain.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+def register_load_post_hook(chain: ParametrizationList) -> None:
+    """Register, once, a hook that warms up the vectors that a checkpoint lacks."""
+    if _load_post_hook not in chain._load_state_dict_post_hooks.values():
+        chain.register_load_state_dict_post_hook(_load_post_hook)  # type: ignore[no-untyped-call]
 
 
-def _after_loading(chain: Any, keys: Any) -> None:
+def _load_post_hook(chain: Any, keys: Any) -> None:
     for position, part in enumerate(chain):
         if isinstance(part, SpectralNorm):
-            part.after_loading(partial(evaluated, chain, position), keys.missing_keys)
+            part.warm_up_missing(partial(evaluate_chain, chain, position), keys.missing_keys)
 
 
 def follows_autocast(module: nn.Module, name: str) -> bool:
-    """Whether autocast would cast this tensor at every use, so that a norm may return it cast."""
+    """Whether autocast casts this tensor at every access anyway, so that a norm may return it cast."""
     return name == "weight" and isinstance(module, nn.Linear | _ConvNd)

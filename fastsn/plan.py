@@ -1,4 +1,4 @@
-"""What a call for all norms of a model needs, found once and kept for as long as nothing has changed."""
+"""The norms of a model, grouped for calls of the ops, and cached until the model changes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastsn.reference import Vectors
 
 
 class Group:
-    """Norms that stand behind equally many others and iterate equally often.
+    """Norms with equally many preceding norms on their tensor and equally many power iterations.
 
     Args:
-        norms: of at least two dimensions; 1-D weights have no vectors, and nothing to share.
-        weights: of each norm its weight, or where it stands if the weight has to be asked for each time, because others
-            make it.
-        rounds: power iterations of a use in training mode.
-        vectors: (u, v) by view of each norm, to be used instead of the stored ones.
+        norms: the norms, of weights with at least two dimensions.
+        weights: per norm its weight if that is a Parameter or buffer; else its Site, as a parametrization or hook
+            computes the weight anew for each call.
+        rounds: power iterations per call.
+        vectors: per norm (u, v) by view, to use instead of the stored ones.
     """
 
     def __init__(
@@ -36,20 +36,20 @@ class Group:
     ) -> None:
         self.norms, self.rounds = norms, rounds
         self._weights, self._vectors = weights, vectors
-        self._batches = self._made() if all(isinstance(x, Tensor) for x in weights) else None
+        self._batches = self._make_batches() if all(isinstance(x, Tensor) for x in weights) else None
 
     def batches(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
-        """What is called, each with its norms."""
-        return self._made() if self._batches is None else self._batches
+        """The batches to normalize, each with its norms."""
+        return self._make_batches() if self._batches is None else self._batches
 
-    def some(self, positions: Sequence[int], vectors: Mapping[int, Vectors] | None = None) -> Group:
-        """The norms at these positions; with ``vectors`` by position, they use these and do not iterate."""
+    def subset(self, positions: Sequence[int], vectors: Mapping[int, Vectors] | None = None) -> Group:
+        """The norms at these indices; with ``vectors`` by index, they use those and do not iterate."""
         norms, weights = [self.norms[i] for i in positions], [self._weights[i] for i in positions]
         if vectors is None:
             return Group(norms, weights, self.rounds)
         return Group(norms, weights, 0, [vectors[i] for i in positions])
 
-    def _made(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
+    def _make_batches(self) -> list[tuple[Batch, Sequence[SpectralNorm]]]:
         weights = [x if isinstance(x, Tensor) else x.weight() for x in self._weights]
         specs = [norm.spec(weight) for norm, weight in zip(self.norms, weights, strict=True)]
         if self._vectors is not None:
@@ -58,26 +58,26 @@ class Group:
 
 
 def groups(model: nn.Module) -> Sequence[Group]:
-    """The groups of a model, in the order in which they are called.
+    """The groups of a model in the order of their calls, cached on the model.
 
     Raises TypeError or ValueError for a model without norms of fastsn and for weights that cannot be normalized.
     """
     if torch.compiler.is_compiling():
         return _groups(_weights(model))
     plan: _Plan | None = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
-    if plan is None or not plan.holds_for(model):
+    if plan is None or not plan.is_valid(model):
         try:
             plan = _Plan(model)
         except (TypeError, ValueError):
-            forget(model)  # it may hold the norms that are no longer there
+            forget(model)  # it may refer to norms that have been removed
             raise
-        if plan.is_worth_keeping(model):
+        if plan.is_cacheable(model):
             model.__dict__[_KEY] = plan
     return plan.groups
 
 
 def forget(model: nn.Module) -> None:
-    """Free what was found for this model."""
+    """Drop the plan of a model."""
     model.__dict__.pop(_KEY, None)
 
 
@@ -94,14 +94,14 @@ def _weights(model: nn.Module) -> list[tuple[Site, Tensor]]:
 def _groups(found: Sequence[tuple[Site, Tensor]]) -> list[Group]:
     together: dict[tuple[int, int], list[tuple[SpectralNorm, Tensor | Site]]] = {}
     for site, weight in found:
-        kept = weight if _is_stored(site, weight) else site
-        together.setdefault((site.depth, site.norm.rounds()), []).append((site.norm, kept))
+        source = weight if _is_stored(site, weight) else site
+        together.setdefault((site.depth, site.norm.rounds()), []).append((site.norm, source))
     ordered = sorted(together.items(), key=lambda entry: entry[0])
     return [Group([norm for norm, _ in own], [x for _, x in own], rounds) for (_, rounds), own in ordered]
 
 
 def _is_stored(site: Site, weight: Tensor) -> bool:
-    """Whether the weight is a Parameter or buffer itself, not made by a parametrization or a hook."""
+    """Whether the weight is a Parameter or buffer, not computed by a parametrization or a hook."""
     if site.chain is not None and site.position != 0:
         return False
     holder, name = _holder(site)
@@ -109,15 +109,15 @@ def _is_stored(site: Site, weight: Tensor) -> bool:
 
 
 def _holder(site: Site) -> tuple[nn.Module, str]:
-    """The module that has the weight, and its name there."""
+    """The module that stores the weight, and the name there."""
     return (site.owner, site.tensor) if site.chain is None else (site.chain, "original")
 
 
 class _Plan:
-    """The groups of a model, and all that they depend on.
+    """The groups of a model, and everything that they depend on.
 
-    A model has its own in its ``__dict__``. It holds modules and tensors in the model, but not the model, which is thus
-    freed as soon as nobody else holds it. A copy or a pickle of a model has none.
+    Cached in the ``__dict__`` of the model. References modules and tensors of the model but not the model itself: that
+    cycle would delay freeing it until the garbage collector runs. Not copied or pickled with the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -132,21 +132,21 @@ class _Plan:
         self._devices = list({weight.device.type for _, weight in found})
         self._changes, self._settings = changes.count, self._settings_now()
         self._state = self._state_of(model)
-        self._alive = [module for module in modules if isinstance(module, SpectralNorm)]  # the state has all the others
+        self._references = [module for module in modules if isinstance(module, SpectralNorm)]  # others are in the state
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
-    def is_worth_keeping(self, model: nn.Module) -> bool:
-        """Not what ``functional_call`` and transforms give, which are others each time, and may hold a graph; nor what
-        TorchScript traces, which is to see the ops of the schema; nor of a model that is itself a layer and has to be
-        asked for its weight: it would hold itself."""
+    def is_cacheable(self, model: nn.Module) -> bool:
+        """Not for weights that ``functional_call`` or transforms substitute, which differ in each call and may hold a
+        graph; nor while TorchScript traces, which must see the ops of the schema; nor for a model that is itself a
+        layer with a computed weight: its Site would be a reference cycle."""
         given = torch_private.transforms_active() or any(weight.grad_fn is not None for weight in self._weights)
         traced = torch_private.tracing_state() is not None
         return not (given or traced or any(owner is model for owner in self._owners))
 
-    def holds_for(self, model: nn.Module) -> bool:
+    def is_valid(self, model: nn.Module) -> bool:
         """Whether nothing has changed."""
-        count = changes.count  # before the settings are read, which another thread may change
-        if self._changes != count:  # of some norm; maybe of another model's
+        count = changes.count  # read before the settings, which another thread may change
+        if self._changes != count:  # of some norm, maybe in another model
             if not _same(self._settings, self._settings_now()):
                 return False
             self._changes = count
@@ -156,16 +156,16 @@ class _Plan:
         return [x for norm in self._norms for x in (*_settings(norm.__dict__), norm.__dict__.get("scale"))]
 
     def _state_of(self, model: nn.Module) -> list[object]:
-        """The modules and tensors, to be compared by identity in one pass."""
+        """Everything else that the groups depend on, to be compared by identity in one pass."""
         state: list[object] = [torch_private.transforms_active(), torch_private.parametrizations_are_cached()]
-        state.append(torch_private.tracing_state() is None)  # an export, which may be refused
+        state.append(torch_private.tracing_state() is None)  # tracing: specs are made anew, as they refuse some exports
         if torch_private.any_autocast():
             on = [device for device in self._devices if normalize.autocast_is_on(device)]
             state += [x for device in on for x in (device, torch.get_autocast_dtype(device))]
         state += model._modules.values()
         state += [child for module in self._modules for child in module._modules.values()]
         state += [x for norm in self._norms for x in norm._buffers.values()]
-        state += [x for norm in self._norms for x in norm._parameters.values()]  # a scale that is learnt
+        state += [x for norm in self._norms for x in norm._parameters.values()]  # learnable scales
         for holder, name in self._holders:
             module = model if holder is None else holder
             weight = module._parameters.get(name)
@@ -183,5 +183,5 @@ class _Plan:
 
 
 def _same(before: list[object], now: list[object]) -> bool:
-    """By identity: to compare tensors would wait for the device."""
+    """By identity: comparing the values of tensors would wait for the device."""
     return len(before) == len(now) and all(map(is_, before, now))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which vectors a region gets that backward runs again."""
+"""Activation checkpointing: the u and v that a region uses when backward recomputes it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from fastsn import torch_private
 from fastsn.normalize import UsedVectors
 from fastsn.reference import Vectors
 
-_Use = tuple[object, UsedVectors, int]  # the norm, the vectors of the call, the position of the norm's in it
+_Record = tuple[object, UsedVectors, int]  # the norm, the vectors of the call, the index of its weight in the call
 
 
-class Uses(threading.local):
-    """What this thread records, for every region that it is in, and what it replays."""
+class State(threading.local):
+    """Of this thread: the records of all enclosing regions, and the record being replayed."""
 
-    active = False  # either of them
-    recording: tuple[list[_Use], ...] = ()
-    replaying: Iterator[_Use] | None = None
-    backward = -1  # the one that the regions are in: what a backward in them runs again is not theirs
-
-
-uses = Uses()
+    active = False  # recording or replaying
+    recording: tuple[list[_Record], ...] = ()
+    replaying: Iterator[_Record] | None = None
+    backward = -1  # id of the backward around the regions: recomputations of a nested backward are not recorded
 
 
-class _Set:
-    """Sets what is recorded and replayed for a block; may be entered again, one block after another."""
+state = State()
 
-    def __init__(self, values: Callable[[], tuple[tuple[list[_Use], ...], Iterator[_Use] | None]]) -> None:
+
+class _Scope:
+    """Sets ``state`` for a block; may be entered repeatedly, but not nested."""
+
+    def __init__(self, values: Callable[[], tuple[tuple[list[_Record], ...], Iterator[_Record] | None]]) -> None:
         self._values = values
 
     def __enter__(self) -> None:
-        self._before = uses.active, uses.recording, uses.replaying, uses.backward
+        self._before = state.active, state.recording, state.replaying, state.backward
         recording, replaying = self._values()
         self._set(True, recording, replaying, torch_private.backward_id())
 
@@ -44,53 +44,54 @@ class _Set:
         self._set(*self._before)
 
     def _set(self, *values: Any) -> None:
-        uses.active, uses.recording, uses.replaying, uses.backward = values
+        state.active, state.recording, state.replaying, state.backward = values
 
 
 def recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Give each use of a norm in a checkpointed region the vectors of its forward again, when backward runs it::
+    """``context_fn`` for checkpoints: norms in a recomputed region use the u and v of its original forward::
 
         y = torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=fastsn.recompute)
 
-    Without it, a region that backward runs again gets the vectors that are in force then: those of the step (or fused
-    forward) that it runs in, else those that are stored. These are the vectors of its forward if both are in one step,
-    and wherever one forward is followed by its backward, fused or not. ``context_fn`` is for everything else: two
-    forwards (or two uses of a layer that is not fused) before one backward, a backward after its step with
-    ``advance=False`` or inside of a later step. In any case no norm iterates in a backward, and none stores.
+    Without it, a recomputed region uses the vectors that are current during backward: those of the active step (or
+    fused forward), else the stored ones. They equal those of the original forward within one step, and wherever each
+    forward is followed by its backward, fused or not. Everything else needs ``context_fn``: two forwards (or two uses
+    of a layer that is not fused) before one backward; a backward after its step if that had ``advance=False``, or
+    inside a later step. With or without it, no norm iterates or stores vectors during backward.
 
-    Regions may contain regions, steps and fused forwards. A backward that a region itself starts is not recorded.
+    Regions may contain regions, steps and fused forwards. Recomputations in a backward that a region itself starts are
+    not recorded.
 
     Returns:
-        The contexts of the forward and of the recomputation, as ``context_fn`` has to.
+        The context managers for the forward and for the recomputation.
 
     Raises:
-        RuntimeError, from the backward: the region uses other norms when it runs again.
+        RuntimeError, from backward: the recomputation uses other norms than the forward did.
     """
-    made: list[_Use] = []
+    made: list[_Record] = []
 
-    def recording() -> tuple[tuple[list[_Use], ...], Iterator[_Use] | None]:
-        around = region()
+    def recording() -> tuple[tuple[list[_Record], ...], Iterator[_Record] | None]:
+        around = current_region()
         return ((made,), None) if around is None else ((*around.recording, made), around.replaying)
 
-    # Regions around a region that runs again do not see it: they start its backward themselves when they run again.
-    return _Set(recording), _Set(lambda: ((), iter(made)))
+    # A recomputation is not recorded for enclosing regions: their own recomputation starts this backward again.
+    return _Scope(recording), _Scope(lambda: ((), iter(made)))
 
 
-def region() -> Uses | None:
-    """What is recorded or replayed here; None if nothing is."""
-    return uses if uses.active and uses.backward == torch_private.backward_id() else None
+def current_region() -> State | None:
+    """The state if this code is in a region that is recorded or replayed, else None."""
+    return state if state.active and state.backward == torch_private.backward_id() else None
 
 
 def record(norm: object, vectors: UsedVectors, position: int) -> None:
-    """A use, for every region around."""
-    for region in uses.recording:
+    """Record a use of a norm for all enclosing regions."""
+    for region in state.recording:
         region.append((norm, vectors, position))
 
 
 def replay(norm: object) -> Vectors:
-    """The vectors of the next use, which is one of this norm."""
-    assert uses.replaying is not None
-    recorded, vectors, position = next(uses.replaying, (None, UsedVectors([]), 0))
+    """The recorded vectors of the next use; RuntimeError if it was of another norm."""
+    assert state.replaying is not None
+    recorded, vectors, position = next(state.replaying, (None, UsedVectors([]), 0))
     if recorded is not norm:
         raise RuntimeError("a checkpointed region must use the same norms in the same order when it runs again")
     record(norm, vectors, position)
@@ -98,29 +99,29 @@ def replay(norm: object) -> Vectors:
 
 
 def in_backward() -> bool:
-    """Whether this is inside a backward, where a forward is that of a checkpointed region, run again."""
+    """Whether this thread is in a backward: a forward is then the recomputation of a checkpointed region."""
     return torch_private.backward_id() != -1
 
 
-def has_own_graph() -> bool:
-    """Whether it is a reentrant region, which has a backward of its own; others only fill in what the graph lacks."""
-    return in_backward() and not torch_private.fills_in_a_graph()
+def in_reentrant_checkpoint() -> bool:
+    """Whether this is a recomputation with ``use_reentrant=True``, which builds its own graph."""
+    return in_backward() and not torch_private.in_nonreentrant_recomputation()
 
 
-def unseen_by_checkpoints() -> AbstractContextManager[object]:
-    """Checkpoints count the tensors that are saved in their region, and W̄ may have been made outside of it in one of
-    the two runs: what is saved in here is kept as it is, and not counted."""
-    if torch.compiler.is_compiling() or not torch_private.saved_tensors_are_seen():
-        return _NOTHING
-    return torch.autograd.graph.saved_tensors_hooks(_detached, _as_it_is)
+def hide_from_checkpoint() -> AbstractContextManager[object]:
+    """Hide the tensors saved for backward in this context from checkpoints. Those compare the tensors saved by forward
+    and recomputation, but W̄ may be computed inside the region in one and taken from a cache in the other."""
+    if torch.compiler.is_compiling() or not torch_private.has_saved_tensors_hooks():
+        return _NO_HOOKS
+    return torch.autograd.graph.saved_tensors_hooks(_detached, _identity)
 
 
-_NOTHING = nullcontext()
+_NO_HOOKS = nullcontext()
 
 
 def _detached(saved: Tensor) -> Tensor:
-    return saved.detach()  # with its graph, an output that its own node saves would never be freed
+    return saved.detach()  # a node that saves its own output would otherwise be a reference cycle
 
 
-def _as_it_is(saved: Tensor) -> Tensor:
+def _identity(saved: Tensor) -> Tensor:
     return saved

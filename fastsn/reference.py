@@ -1,9 +1,9 @@
-"""The specification of fastsn in plain torch: slow, float64-clean, differentiable to any order, for every device.
+"""The reference implementation in plain torch: slow, any dtype and device, differentiable to any order.
 
 A weight is an array (O, I, K), any strides, and each of its views (``fastsn.views``) is a matrix M with vectors u, v:
 
-    power iteration, n times    u <- M v / |M v|,  v <- M^H u / |M^H u|  (a zero or non-finite vector is not taken;
-                                a weight may ask for v before u)
+    power iteration, n times    u <- M v / |M v|,  v <- M^H u / |M^H u|  (a zero or non-finite result is
+                                discarded; optionally v before u)
     sigma of a view             u^H M v   (with u, v held constant: d sigma / dM = u v^H)
     normalized weight           W̄ = scale * W / mean(sigma of its views)
 
@@ -38,7 +38,7 @@ def matrix(oik: Tensor, view: str) -> Tensor:
 
 
 def unit(x: Tensor, old: Tensor) -> Tensor:
-    """x / |x|, or ``old`` where x is zero or not finite: a bad vector never becomes state.
+    """x / |x|, or ``old`` if x is zero or not finite, so that such a vector is never stored.
 
     torch divides by max(|x|, eps): below eps it stores a vector shorter than 1, which shrinks further with every step
     and never recovers. Here x is first divided by the power of two below its largest entry, so that the norm of a tiny
@@ -65,14 +65,14 @@ def power_iteration(
     gradient: str = "fixed",
     v_first: Sequence[bool] | None = None,
 ) -> list[Vectors]:
-    """The vectors after ``n_power_iterations`` rounds on every view, as new tensors.
+    """The vectors after ``n_power_iterations`` iterations on every view, as new tensors.
 
     Args:
         weights: (O, I, K) each.
         vectors: per weight, view -> (u, v); their keys say which views are iterated.
         v_first: per weight, whether a round is v <- M^H u / |M^H u|, then u <- M v / |M v|, as in
             ``torch.nn.utils.spectral_norm``; default: no.
-        gradient: "fixed" holds u and v constant (torch, Miyato); "through" lets autograd differentiate the iteration,
+        gradient: "fixed": u and v are constants (torch, Miyato); "through" lets autograd differentiate the iteration,
             as the BSN authors' own code does. Both agree once the iteration has converged.
     """
     if gradient not in ("fixed", "through"):

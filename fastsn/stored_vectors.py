@@ -1,4 +1,4 @@
-"""u and v of each view of a weight, as buffers: drawn, kept in float32, loaded, and brought to weights they lack."""
+"""u and v of each view of a weight as buffers: initialization, dtype, and loading of checkpoints without them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _BUFFERS = {"out": ("_u", "_v"), "in": ("_u_in", "_v_in")}
 
 class StoredVectors(nn.Module):
     """Buffers: ``_u`` (O), ``_v`` (I·K) of the view `out`; ``_u_in`` (O·K), ``_v_in`` (I) of the view `in` where the
-    variant uses it and K > 1. Unit vectors in float32 (the weight's own dtype if that is wider), which they keep when
-    the module is cast to half precision. A vector that would become zero or non-finite is not stored.
+    variant uses it and K > 1. Unit vectors in float32 (the weight's own dtype if that is wider), also after the module
+    is cast to half precision. A zero or non-finite vector is never stored.
     """
 
     views: tuple[str, ...] = ()
 
     def store(self, oik: Tensor, names: tuple[str, ...], given: Mapping[str, Sequence[Tensor]]) -> Vectors:
-        """Register the buffers for the views ``names`` of a weight (O, I, K): ``given`` ones as they are, others drawn.
-        Returns those that have been drawn."""
+        """Register the buffers for the views ``names`` of a weight (O, I, K): ``given`` ones without a copy, others
+        drawn at random. Returns those that were drawn."""
         self.views, wide = names, reference.wide(oik.dtype)
         for view in names:
             sizes = views.vector_sizes(oik, view)
@@ -39,11 +39,11 @@ class StoredVectors(nn.Module):
 
     def vectors(self) -> Vectors:
         """The stored (u, v) of each view: the buffers themselves."""
-        stored = self._buffers  # not getattr: this is asked for at every use of every layer
+        stored = self._buffers  # nn.Module.__getattr__ is slow, and this runs at every call of every layer
         return {view: (stored[_BUFFERS[view][0]], stored[_BUFFERS[view][1]]) for view in self.views}  # type: ignore[misc]
 
     def redraw_unusable(self, names: Sequence[str], device: torch.device) -> None:
-        """Draw the vectors of these views anew that are on meta, non-finite or far from length 1."""
+        """Redraw the vectors of these views that are on meta, non-finite or far from length 1."""
         for name in (name for view in names for name in _BUFFERS[view]):
             vector = getattr(self, name)
             if vector.is_meta:
@@ -52,7 +52,7 @@ class StoredVectors(nn.Module):
                 vector.copy_(_drawn(vector))
 
     def warm_up(self, weight: Tensor, iterations: int = WARM_UP_ITERATIONS, only: Sequence[str] | None = None) -> None:
-        """Bring u and v (of ``only`` these views) to a weight that they do not belong to yet."""
+        """Iterate and store u and v (of the views ``only``, default: all) for a new weight."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredVectors:
@@ -77,26 +77,27 @@ class StoredVectors(nn.Module):
         for name, buffer in self._buffers.items():  # assign=True takes a half-precision checkpoint's dtype
             if buffer is not None and buffer.dtype != reference.wide(buffer.dtype):
                 self._buffers[name] = buffer.to(reference.wide(buffer.dtype))
-        self._lacking = (prefix, [v for v in self.views if any(prefix + x not in state_dict for x in _BUFFERS[v])])
+        missing_views = [v for v in self.views if any(prefix + name not in state_dict for name in _BUFFERS[v])]
+        self._missing_views = prefix, missing_views
 
-    def after_loading(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
-        """Bring the vectors to a weight that was loaded without them. The owner calls it, when all of it is loaded."""
-        prefix, lacking = self.__dict__.pop("_lacking", ("", []))
-        if not lacking:
+    def warm_up_missing(self, weight: Callable[[], Tensor], missing: list[str]) -> None:
+        """Warm up the vectors that the loaded checkpoint lacks. The owner calls this once its weight is loaded."""
+        prefix, missing_views = self.__dict__.pop("_missing_views", ("", []))
+        if not missing_views:
             return
         owner = prefix.rpartition(".")[0].rpartition(".")[0]
         layer, *chains = (
             f"{owner}.{name}".lstrip(".") for name in ("weight", "original", "parametrizations.weight.original")
         )
-        # A weight that is missing too belongs to a layer that is not in the checkpoint.
+        # If the weight is missing too, the whole layer is not in the checkpoint: strict loading reports that.
         if not any(key == layer or key.startswith(tuple(chains)) for key in missing):
-            loading.warn(missing, owner, ("u", "v") if "out" in lacking else ("u_in", "v_in"), WARM_UP_ITERATIONS)
+            loading.warn(missing, owner, ("u", "v") if "out" in missing_views else ("u_in", "v_in"), WARM_UP_ITERATIONS)
             value = weight()
             if not (value.is_meta or torch_private.is_sharded(value)):
-                self.warm_up(value, only=lacking)
-            if lacking == ["in"]:  # a checkpoint of a variant without this view, which has all that it can have
+                self.warm_up(value, only=missing_views)
+            if missing_views == ["in"]:  # a complete checkpoint of a variant without this view: not an error
                 own = {prefix + name for name in _BUFFERS["in"]}
-                if own.issubset(missing):  # all of it, or somebody else has lost one
+                if own.issubset(missing):  # both vectors; a single missing one is a damaged checkpoint
                     missing[:] = [key for key in missing if key not in own]
 
 

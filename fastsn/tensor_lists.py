@@ -1,5 +1,5 @@
-"""What is asked of the arguments of every call of the Triton kernels. Where it has been built, C++
-(csrc/tensor_lists.cpp) does the same at a third of the cost."""
+"""Keys and allocation for the arguments of every call of the Triton kernels. C++ (csrc/tensor_lists.cpp), where it is
+built, does the same at a third of the cost."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The numbers of the ops for what kernels write.
+# Output dtypes by the codes that the ops use.
 FLOAT32 = 6
 DTYPES = {5: torch.float16, FLOAT32: torch.float32, 15: torch.bfloat16}
 
 
 def identify(op: str, arguments: Sequence[Any]) -> tuple[Hashable, Hashable]:
-    """What arguments of an op look like (its numbers; shapes, strides, dtypes, devices of tensors, whether they were
-    made in inference mode, alignment to 16 bytes of those in lists) and where the tensors of its lists lie: two keys,
-    each the same for the same and, among calls of this op, never for anything else. Raises RuntimeError for a tensor
-    without strides or storage."""
+    """Two hashable keys of the arguments of an op: of their layout (numbers; shapes, strides, dtypes and devices of
+    tensors, whether they are inference tensors, for those in lists their alignment to 16 bytes), and of the addresses
+    of the tensors in lists. Equal keys of one op mean equal layouts, or addresses. RuntimeError for a tensor without
+    strides or storage."""
     return _built(f"_identify_{op}", _identify)(*arguments)  # type: ignore[no-any-return]
 
 
 def allocate(like: Sequence[Tensor], dtypes: Sequence[int]) -> tuple[list[Tensor], Hashable]:
-    """``torch.empty_like`` of every tensor, in these dtypes (numbers of the ops), and a key of where they lie."""
+    """``torch.empty_like`` of every tensor, in these dtypes (codes of the ops), and a key of their addresses."""
     return _built("_allocate", _allocate)(like, dtypes)  # type: ignore[no-any-return]
 
 
 def addresses(*lists: Sequence[Tensor]) -> tuple[int, ...]:
-    """A key of where tensors lie, in Python alone."""
+    """A key of the addresses of tensors."""
     return tuple([x.data_ptr() for tensors in lists for x in tensors])
 
 
@@ -51,6 +51,6 @@ def _allocate(like: Sequence[Tensor], dtypes: Sequence[int]) -> tuple[list[Tenso
 
 @cache
 def _built(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The op of this name, or what does the same where the C++ kernels were not built."""
+    """The op of this name, or the Python function if the C++ kernels are not built."""
     found = getattr(torch.ops.fastsn, name, None)
     return otherwise if found is None else found.default

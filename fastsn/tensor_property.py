@@ -1,5 +1,5 @@
-"""The property of a tensor whose only parametrization is a norm of fastsn: the way to it costs torch's own as much as
-the norm itself, and three times as much as a read in a step."""
+"""A faster property for tensors whose only parametrization is a SpectralNorm: torch's own takes as long as the norm
+itself, and three times as long as reading a cached W̄."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastsn import torch_private
 from fastsn.norm import SpectralNorm
 
 
-def read_quickly(module: nn.Module, tensor: str) -> None:
-    """Put a property before torch's, on the class of a parametrized module, which is its own or that of its copies."""
+def install_fast_property(module: nn.Module, tensor: str) -> None:
+    """Replace torch's property on the class of a parametrized module, which only its copies share."""
     kind = type(module)
     torchs = kind.__dict__[tensor]
-    if not hasattr(torchs.fget, "reads_quickly"):
+    if not hasattr(torchs.fget, "is_fast"):
         setattr(kind, tensor, property(_getter(tensor, torchs.fget), torchs.fset))
 
 
@@ -32,11 +32,11 @@ def _getter(tensor: str, torchs: Callable[[nn.Module], Tensor]) -> Callable[[nn.
             len(parts) == 1
             and original is not None
             and isinstance(norm, SpectralNorm)
-            and "forward" not in chain.__dict__  # as of a chain that is being initialized
+            and "forward" not in chain.__dict__  # replaced during initialization, see fastsn/initialization.py
             and not torch_private.has_hooks(chain)
         ):
-            return norm.use(original)
+            return norm.fast_call(original)
         return torchs(self)
 
-    get.reads_quickly = True  # type: ignore[attr-defined]
+    get.is_fast = True  # type: ignore[attr-defined]
     return get

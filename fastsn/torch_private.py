@@ -1,6 +1,6 @@
-"""What fastsn asks of torch for which there is no public function, each with its reason. Tried on torch 2.10 to 2.14.
+"""All private functions of torch that fastsn uses, each with the reason. Tested with torch 2.10 to 2.14.
 
-Functions are torch's own, under a name that says what they answer: each is asked at every use of a weight.
+Some are aliases and not wrappers, as they run at every access to a weight.
 """
 
 from __future__ import annotations
@@ -13,35 +13,34 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 
-# The number of the backward that this thread runs, -1 outside: a forward in there is that of a checkpointed region,
-# run again. torch.utils.checkpoint asks the same.
+# The id of the backward that this thread runs, else -1. A forward inside a backward is the recomputation of a
+# checkpointed region. torch.utils.checkpoint uses the same function.
 backward_id = torch._C._current_graph_task_id
 
-# Whether autocast is on for any type of device: a third of a read of W̄ would be the question for the weight's own.
+# Whether autocast is enabled for any device type: much cheaper than the question for one device type.
 any_autocast = torch._C._is_any_autocast_enabled
 
-# Whether the graph of the backward that runs is kept, for an error that says how to keep it.
-keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+# Whether the running backward retains its graph, for the error of a second backward.
+retains_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
-# Not None while TorchScript traces, for an error of the export to ONNX.
+# Not None during TorchScript tracing, for an error in exports to ONNX.
 tracing_state = torch._C._get_tracing_state
 
-# Kernels of autograd keys that call their own op must not come back to themselves.
+# Kernels registered for autograd keys call their own op below autograd, to avoid infinite recursion.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
-# forward_ad.unpack_dual and make_dual do not turn forward mode off, as torch.no_grad does not: an iteration is constant
-# to every derivative.
+# Disables forward-mode differentiation, which no_grad does not: derivatives treat an iteration as constant.
 forward_mode = forward_ad._set_fwd_grad_enabled
 
-# How many modes see the ops that are called: they are to see those of the schema.
+# Number of active TorchDispatchModes, which have to see the public ops and not the fused private one.
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
-# vmap has no rule for out=, which captured buffers need inside of other transforms.
+# vmap has no batching rule for out=, which captured buffers need in other transforms.
 is_batched = torch._C._functorch.is_batchedtensor
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does anything but its forward. Without hooks a call takes as long as a read of W̄."""
+    """Whether the module, or torch globally, has hooks. If not, calling its forward directly is equivalent."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -55,33 +54,33 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def transforms_active() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is running, which see into no kernel."""
+    """Whether a torch.func transform or forward-mode differentiation is active; kernels support neither."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
-def saved_tensors_are_seen() -> bool:
-    """Whether somebody sees the tensors that are saved for backward here, as checkpoints do that are not reentrant."""
+def has_saved_tensors_hooks() -> bool:
+    """Whether saved-tensors hooks are active, as in checkpoints with ``use_reentrant=False``."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def fills_in_a_graph() -> bool:
-    """Whether a checkpoint that is not reentrant runs its region again, only to see what is saved in it."""
+def in_nonreentrant_recomputation() -> bool:
+    """Whether a checkpoint with ``use_reentrant=False`` recomputes its region, only to collect its saved tensors."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def parametrizations_are_cached() -> bool:
-    """Whether this is inside ``parametrize.cached()``, which serves one dtype to every reader."""
+    """Whether ``parametrize.cached()`` is active, which returns one tensor, of one dtype, for all accesses."""
     return bool(getattr(parametrize, "_cache_enabled", 0))
 
 
 def is_sharded(value: Tensor) -> bool:
-    """Whether this is a DTensor, whose class takes a second to import."""
+    """Whether this is a DTensor. No isinstance, as importing the class takes a second."""
     return hasattr(value, "_local_tensor")
 
 
 def constant_in_graphs(function: Any) -> Any:
-    """Dynamo calls the function while it traces, and takes the answer. So does torch.compiler.assume_constant_result,
-    but by importing all of Dynamo."""
+    """Decorator: Dynamo runs the function while tracing and takes its result as a constant. The same as
+    torch.compiler.assume_constant_result, which imports all of Dynamo."""
     function._dynamo_marked_constant = True
     return function

@@ -1,10 +1,10 @@
-"""The members of the spectral normalization family, as rows of one table.
+"""The variants of spectral normalization, one row each.
 
 Every variant divides a weight W by the mean of the spectral norms of its views and multiplies by a scale c::
 
     W̄ = c · W / mean(sigma of each view)
 
-so a variant is two facts: which views it measures, and whether c is free. Kernels know views and a scale, never a name.
+so a variant is defined by its views and by whether c is free. Kernels take views and a scale, not a variant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""How a weight of any layer is seen as (O, I, K): output channels, input channels per group, kernel positions.
+"""A weight of any layer as an array (O, I, K): output channels, input channels per group, kernel positions.
 
-Nothing is copied where strides can say it: a channels_last or sliced weight is read where it lies. Two matrices share
-the array:
+A view without a copy wherever strides allow it, also of channels_last and sliced weights. Two matrices share the array:
 
 ===== ========== ================ ==================================================
 view  shape      state (u, v)     its norm is that of

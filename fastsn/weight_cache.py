@@ -1,4 +1,4 @@
-"""One W̄ for all uses of a norm in a step, or in a forward of a fused model."""
+"""Caches W̄ for all uses of a norm within a step, or within a forward of a fused model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fastsn import checks, normalize, recomputation, torch_private
 from fastsn.normalize import Batch, UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
-Cached: TypeAlias = "tuple[CachedWeights, int]"  # and the position of the norm among those of the call
-_Made: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
+CacheEntry: TypeAlias = "tuple[CachedWeights, int]"  # with the index of the norm in the call
+_Normalized: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
 class CachedWeights:
-    """The vectors that count for some norms until a step ends, and the W̄ made with them, of one call of the ops. A norm
-    holds it with its own position among those of the call.
+    """W̄ and vectors from one call of the ops, for all its norms, until the step ends. Each norm references it together
+    with its index in the call.
 
     Args:
-        batch: what was normalized, and how.
-        values: the W̄.
-        vectors: those that the call used.
-        thread: the thread whose uses it serves first, None for all.
-        shared: it is a step's, whose vectors forwards of fused models take in threads without a step of their own,
+        batch: the weights and settings of the call.
+        values: W̄ of each weight.
+        vectors: the vectors that the call used.
+        thread: id of the thread that entered the step; its uses prefer this entry. None: any thread.
+        from_step: it is a step's, whose vectors forwards of fused models take in threads without a step of their own,
             instead of moving them.
-        traced: it is in a graph that is being compiled.
+        traced: it was made while compiling.
     """
 
-    __slots__ = ("_quick", "_remade", "_specs", "_traced", "_values", "_versions", "shared", "thread", "vectors")
+    __slots__ = ("_fast", "_specs", "_traced", "_updated", "_values", "_versions", "from_step", "thread", "vectors")
 
     def __init__(
         self,
@@ -40,28 +40,28 @@ class CachedWeights:
         values: Sequence[Tensor],
         vectors: UsedVectors,
         thread: int | None,
-        shared: bool,
+        from_step: bool,
         traced: bool,
     ) -> None:
         self._specs, self._values, self.vectors = batch.specs, values, vectors
-        self.thread, self.shared, self._traced = thread, shared, traced
-        self._quick = batch.quick and not (traced or torch.is_inference_mode_enabled())
-        if self._quick:
+        self.thread, self.from_step, self._traced = thread, from_step, traced
+        self._fast = batch.fast_lookup and not (traced or torch.is_inference_mode_enabled())
+        if self._fast:
             self._versions = [(spec[0]._version, 0) for spec in batch.specs]
         else:
             self._versions = [_versions(spec.weight, spec.scale, traced) for spec in batch.specs]
-        self._remade: dict[tuple[int, torch.dtype], _Made] = {}
+        self._updated: dict[tuple[int, torch.dtype], _Normalized] = {}
 
-    def of_every_thread(self) -> CachedWeights:
-        """The same for a replica, whose thread is none that has opened a step."""
+    def for_any_thread(self) -> CachedWeights:
+        """A copy for a replica of DataParallel, which runs in another thread."""
         own = copy.copy(self)
-        own.thread, own._remade = None, {}
+        own.thread, own._updated = None, {}
         return own
 
-    def usual(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
-        """The W̄ made as the step began if a few quick questions can tell that it is right for this use of this thread;
-        not inside of compiled code."""
-        if self._quick:
+    def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
+        """The W̄ computed at the start of the step if a few cheap checks show that it is valid here, else None. Not for
+        compiled code."""
+        if self._fast:
             spec, value = self._specs[position], self._values[position]
             if (
                 spec[0] is weight
@@ -70,20 +70,22 @@ class CachedWeights:
                 and weight.dtype is value.dtype
                 and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())
                 and self.thread == threading.get_ident()
-                and not (recomputation.uses.active or torch_private.any_autocast() or torch_private.backward_id() != -1)
+                and not (
+                    recomputation.state.active or torch_private.any_autocast() or torch_private.backward_id() != -1
+                )
             ):
                 return value
         return None
 
     def get(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
-        """The W̄ that was made of these, until one of them is another one or has changed in place, or until the graph
-        that is wanted is not the one that was made; then one made anew with the vectors of the step."""
-        # A graph cannot ask whether a weight has changed since the step began, unless the step is in the graph.
+        """The cached W̄ if it is still valid: same weight and scale, unchanged in place, and a graph if one is needed.
+        Otherwise the weight is normalized again with the vectors of the step."""
+        # A compiled graph cannot check whether a weight has changed since a step that began outside of it.
         spec = self._specs[position]
-        if (compiling and not self._traced) or (not compiling and recomputation.has_own_graph()):
-            return self._make(position, weight, scale, dtype)
+        if (compiling and not self._traced) or (not compiling and recomputation.in_reentrant_checkpoint()):
+            return self._normalize(position, weight, scale, dtype)
         versions = _versions(weight, scale, compiling)
-        made = self._remade.get((position, dtype))
+        made = self._updated.get((position, dtype))
         if made is None and dtype == spec.dtype:
             made = (spec.weight, spec.scale, self._versions[position], self._values[position])
         if made is not None:
@@ -96,51 +98,51 @@ class CachedWeights:
                 and (compiling or not value.is_inference() or torch.is_inference_mode_enabled())
             ):
                 return value
-        value = self._make(position, weight, scale, dtype)
-        self._remade[position, dtype] = (weight, scale, versions, value)
+        value = self._normalize(position, weight, scale, dtype)
+        self._updated[position, dtype] = (weight, scale, versions, value)
         return value
 
-    def _make(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    def _normalize(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         checks.weight(weight, "weight")
         vectors = self.vectors.of(position)
-        return make(self._specs[position]._replace(weight=weight, vectors=vectors, scale=scale, dtype=dtype))
+        return normalize_fixed(self._specs[position]._replace(weight=weight, vectors=vectors, scale=scale, dtype=dtype))
 
 
-def make(spec: WeightSpec) -> Tensor:
-    """W̄ of vectors that stay as they are."""
+def normalize_fixed(spec: WeightSpec) -> Tensor:
+    """W̄ without a power iteration."""
     device = spec.weight.device
     if any(u.device != device for u, _ in spec.vectors.values()):  # of a replica
         moved = {view: (u.to(device), v.to(device)) for view, (u, v) in spec.vectors.items()}
         spec = spec._replace(vectors=moved)
-    with recomputation.unseen_by_checkpoints():
+    with recomputation.hide_from_checkpoint():
         return normalize.normalize(spec, 0, False)[0]
 
 
-def in_force(cached: Sequence[Cached], compiling: bool) -> Cached | None:
-    """Of those that last, the newest of this thread; else the newest of all, for the threads of replicas and of
-    backward, which have none of their own. None if there are none, as when another thread's has just ended."""
+def active_entry(cached: Sequence[CacheEntry], compiling: bool) -> CacheEntry | None:
+    """The newest entry of this thread; else the newest of all, for threads of replicas and of backward. None if there
+    are none."""
     newest = cached[-1] if cached else None
-    if newest is None or compiling or _is_of_this_thread(newest):
+    if newest is None or compiling or _in_this_thread(newest):
         return newest
-    return next((each for each in reversed(cached) if _is_of_this_thread(each)), newest)
+    return next((each for each in reversed(cached) if _in_this_thread(each)), newest)
 
 
-def of_this_thread(cached: Sequence[Cached]) -> bool:
-    """Whether one of those that last was opened by this thread."""
-    return bool(cached) if torch.compiler.is_compiling() else any(map(_is_of_this_thread, cached))
+def entered_in_this_thread(cached: Sequence[CacheEntry]) -> bool:
+    """Whether one of the entries was made by this thread."""
+    return bool(cached) if torch.compiler.is_compiling() else any(map(_in_this_thread, cached))
 
 
-def of_a_step(cached: Sequence[Cached]) -> Vectors | None:
-    """The vectors of the newest that a step has opened, in any thread."""
-    return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.shared), None)
+def step_vectors(cached: Sequence[CacheEntry]) -> Vectors | None:
+    """The vectors of the newest entry of a step (not of a fused forward), in any thread."""
+    return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.from_step), None)
 
 
-def _is_of_this_thread(cached: Cached) -> bool:
+def _in_this_thread(cached: CacheEntry) -> bool:
     return cached[0].thread in (None, threading.get_ident())
 
 
 def _versions(weight: Tensor, scale: Tensor | float, traced: bool) -> tuple[int, int]:
-    """Counters of the changes in place; 0 for what counts none."""
+    """Version counters of weight and scale; 0 for what has none."""
     tensors = (weight, scale)
     first, second = [0 if traced or not isinstance(x, Tensor) or x.is_inference() else x._version for x in tensors]
     return first, second

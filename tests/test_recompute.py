@@ -214,8 +214,8 @@ def test_a_region_that_uses_more_norms_when_it_runs_again():
 
 
 def nothing_left() -> bool:
-    uses = recomputation.uses
-    return not uses.active and uses.recording == () and uses.replaying is None
+    state = recomputation.state
+    return not state.active and state.recording == () and state.replaying is None
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])

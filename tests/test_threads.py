@@ -195,14 +195,14 @@ def test_uses_without_a_step_while_steps_of_another_thread_begin_and_end():
 
 def test_a_step_of_another_thread_that_ends_while_a_use_looks_for_it(monkeypatch):
     layer, x = fastsn.SNLinear(4, 4).eval(), torch.randn(1, 4)
-    expected, step, in_force = layer(x), fastsn.step(layer), weight_cache.in_force
+    expected, step, active_entry = layer(x), fastsn.step(layer), weight_cache.active_entry
     at_once(step.__enter__)
 
     def ends_first(*given: Any) -> Any:
         step.__exit__(None, None, None)
-        return in_force(*given)
+        return active_entry(*given)
 
-    monkeypatch.setattr(weight_cache, "in_force", ends_first)
+    monkeypatch.setattr(weight_cache, "active_entry", ends_first)
     assert torch.equal(layer(x), expected)
 
 

@@ -1,1 +1,1 @@
-"""Other spectral norms: models that have them become fastsn's (convert), and so do their checkpoints (state_dict)."""
+"""Conversion from other spectral norms: of models (``convert``) and of checkpoints (``state_dict``)."""

@@ -1,6 +1,6 @@
-"""What ``convert`` asks of a tensor and does to it: an adapter for each kind of norm, and one for a plain layer.
+"""Adapters through which ``convert`` reads and replaces norms: one per kind of norm, and one for plain layers.
 
-torch's old hook has its own, in ``torch_hook``.
+That of torch's old hook is in ``torch_hook``.
 """
 
 from __future__ import annotations
@@ -16,45 +16,45 @@ from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import layers, normalize, variants, views
-from fastsn.initialization import initializable
+from fastsn.initialization import patch_initialization
 from fastsn.layers import NormalizedLayer
-from fastsn.model.sites import Site, evaluated
+from fastsn.model.sites import Site, evaluate_chain
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import brought_up_after_loading, follows_autocast, own_class
-from fastsn.tensor_property import read_quickly
+from fastsn.parametrize import follows_autocast, register_load_post_hook, unshare_class
+from fastsn.tensor_property import install_fast_property
 
 
 class Adapter(ABC):
-    """A tensor of a model. ``kind``: what the log calls it; ``where``: its name; ``norm``: the module that normalizes
-    it, if there is one."""
+    """A tensor of a model that may get a norm. ``kind``: its name in the log; ``where``: the name of the tensor;
+    ``norm``: the module that normalizes it now, if there is one."""
 
     def __init__(self, kind: str, path: str, owner: nn.Module, tensor: str, norm: nn.Module | None = None) -> None:
         self.kind, self.owner, self.tensor, self.norm = kind, owner, tensor, norm
         self.where = f"{path}.{tensor}".strip(".")
 
     def modules(self) -> set[nn.Module]:
-        """Who skips one of these skips the tensor."""
+        """The modules that skip the tensor if they are named in ``skip``."""
         return {self.owner} if self.norm is None else {self.owner, self.norm}
 
     @abstractmethod
     def obstacle(self) -> str | None:
-        """Why the tensor cannot be given a norm of fastsn, if so. What follows is for tensors that can."""
+        """Why the tensor cannot be converted; None if it can. The other methods require None."""
 
     @abstractmethod
     def weight(self) -> Tensor:
-        """What the norm is applied to; nothing moves."""
+        """The input of the norm; no vector is updated."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The arguments of a SpectralNorm that goes on from what is there."""
+        """The arguments of a SpectralNorm that continues from the current state."""
 
     @abstractmethod
     def put(self, norm: SpectralNorm) -> None:
-        """Give the tensor this norm. It is not used, so that no vector moves."""
+        """Install the norm on the tensor, without calling it, so that no vector is updated."""
 
 
-class _Present(Adapter):
-    """What the adapters of norms that are modules have in common."""
+class _NormAdapter(Adapter):
+    """Base class for norms that are modules."""
 
     norm: nn.Module
 
@@ -78,23 +78,23 @@ class _Present(Adapter):
 
     def settings(self) -> dict[str, Any]:
         norm, chain = self.norm, self._site.chain
-        rounds = getattr(norm, "n_power_iterations", 1)  # not there for a 1-D tensor
-        kept = {"n_power_iterations": rounds, "dim": norm.dim, "eps": norm.eps}
+        rounds = getattr(norm, "n_power_iterations", 1)  # a norm of a 1-D tensor has none
+        settings = {"n_power_iterations": rounds, "dim": norm.dim, "eps": norm.eps}
         if isinstance(norm, SpectralNorm):
-            kept |= {"impl": norm.impl, "v_first": norm.v_first}
-            return {**kept, "vectors": norm.vectors(), "follows_autocast": norm.follows_autocast}
+            settings |= {"impl": norm.impl, "v_first": norm.v_first}
+            return {**settings, "vectors": norm.vectors(), "follows_autocast": norm.follows_autocast}
         last = chain is not None and self._site.position == len(chain) - 1
         castable = follows_autocast(self.owner, self.tensor) and not isinstance(self.owner, NormalizedLayer)
         vectors = {"out": (norm._buffers["_u"], norm._buffers["_v"])} if norm._buffers else {}  # none for a 1-D tensor
-        return {**kept, "vectors": vectors, "follows_autocast": last and castable}
+        return {**settings, "vectors": vectors, "follows_autocast": last and castable}
 
     def put(self, norm: SpectralNorm) -> None:
-        """Carry over what a norm has beside its state: the mode, and the hooks that others put on it."""
+        """Copy the training mode and user hooks of the old norm."""
         norm.training = self.norm.training
         norm.__dict__.update({name: value for name, value in self.norm.__dict__.items() if "_hook" in name})
 
 
-class Parametrization(_Present):
+class Parametrization(_NormAdapter):
     """A norm in a chain of parametrizations, torch's or fastsn's."""
 
     def __init__(self, path: str, site: Site) -> None:
@@ -109,13 +109,13 @@ class Parametrization(_Present):
     def put(self, norm: SpectralNorm) -> None:
         super().put(norm)
         self._chain[self._site.position] = norm  # type: ignore[index]
-        brought_up_after_loading(self._chain)
-        own_class(self.owner)
-        initializable(self.owner)
-        read_quickly(self.owner, self.tensor)
+        register_load_post_hook(self._chain)
+        unshare_class(self.owner)
+        patch_initialization(self.owner)
+        install_fast_property(self.owner, self.tensor)
 
 
-class Layer(_Present):
+class Layer(_NormAdapter):
     """The norm of a fastsn layer."""
 
     owner: NormalizedLayer
@@ -162,7 +162,7 @@ class PlainLayer(Adapter):
             return weight
         chain = chain_of(self.owner, "weight")
         with _no_autocast(chain):
-            return evaluated(chain)
+            return evaluate_chain(chain)
 
     def settings(self) -> dict[str, Any]:
         return {"dim": views.output_dim(self.owner), "follows_autocast": follows_autocast(self.owner, "weight")}
@@ -172,27 +172,27 @@ class PlainLayer(Adapter):
 
 
 def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
-    """Register ``norm`` as the last parametrization, without the use and the write to the tensor that torch makes."""
+    """Register ``norm`` as the last parametrization, without the forward and the ``set_`` that torch runs."""
     if parametrize.is_parametrized(owner, tensor):
         chain_of(owner, tensor).append(norm.train(owner.training))
-        brought_up_after_loading(chain_of(owner, tensor))
-        initializable(owner)
-        read_quickly(owner, tensor)
+        register_load_post_hook(chain_of(owner, tensor))
+        patch_initialization(owner)
+        install_fast_property(owner, tensor)
         return
-    own_class(owner)
-    # torch calls set_ on the tensor, after which a backward that is due would fail. A stand-in takes that.
+    unshare_class(owner)
+    # torch calls set_ on the tensor, which would break a pending backward: register a temporary one instead.
     original = getattr(owner, tensor)
     setattr(owner, tensor, nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data)
-    parametrize.register_parametrization(owner, tensor, norm, unsafe=True)  # unsafe: it is not called for a check
+    parametrize.register_parametrization(owner, tensor, norm, unsafe=True)  # unsafe: torch does not call it for a check
     chain = chain_of(owner, tensor)
     chain.original, chain.unsafe = original, False
-    brought_up_after_loading(chain)
-    initializable(owner)
-    read_quickly(owner, tensor)
+    register_load_post_hook(chain)
+    patch_initialization(owner)
+    install_fast_property(owner, tensor)
 
 
 def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:
-    """The parametrizations of a tensor that has some."""
+    """The parametrizations of a parametrized tensor."""
     chain = owner.get_submodule(f"parametrizations.{tensor}")
     assert isinstance(chain, ParametrizationList)
     return chain

@@ -1,4 +1,4 @@
-"""Existing models: torch's spectral norms become fastsn's, norms change their variant, plain models get norms."""
+"""convert: replaces torch's spectral norms, changes variants, and normalizes plain models."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def convert(
     skip: Skip | None = None,
     order: str | None = None,
 ) -> Module:
-    r"""Make every spectral norm of a model fastsn's, in place: training goes on where it was, and faster.
+    r"""Replace every spectral norm of a model by fastsn's, in place; training continues from the same state.
 
     Norms of ``torch.nn.utils.parametrizations.spectral_norm`` and of the older ``torch.nn.utils.spectral_norm`` become
-    parametrizations by ``fastsn.SpectralNorm``, at the same place in their chain. Kept: the Parameters (an optimizer
+    parametrizations by ``fastsn.SpectralNorm``, at the same position among others. Kept: the Parameters (an optimizer
     and tied weights stay valid), u and v (the same tensors; in half precision they are widened to float32),
     n_power_iterations, eps, dim, which of u and v is updated first, training modes, and all other hooks and
-    parametrizations. With variant "sn" no vector moves, nothing is drawn, and the numbers, those of further training
-    too, are torch's within rounding. "bsn" and "bssn" draw and warm up the second
+    parametrizations. With variant "sn" no vector changes, nothing is drawn, and results, also of further
+    training, equal torch's within rounding. "bsn" and "bssn" draw and warm up the second
     view of convolutions (so convert before wrapping in DistributedDataParallel, which lists the buffers).
 
     Args:
         model: any module, also compiled or wrapped.
-        variant: what every norm becomes: "sn", "ssn", "bsn" or "bssn"; those that are fastsn's already, too. None:
-            torch's become "sn", fastsn's are left alone. In a model without any spectral norm a variant is given to
+        variant: of all norms, also existing ones of fastsn: "sn", "ssn", "bsn" or "bssn". None: torch's become "sn",
+            fastsn's are left alone. In a model without any spectral norm a variant is given to
             the weight of every Linear, Conv1-3d and ConvTranspose1-3d.
         scale: c of "ssn" and "bssn": a float, a tensor, or a Parameter, which is then shared by all norms (and has to
             be given to the optimizer). None: as it is, 1 where there was none.
-        skip: what is to be left as it is: a module's name, several, or a function (name, module) -> bool. Each stands
-            for the module and everything in it.
+        skip: modules to leave unchanged, with everything in them: a name, several names, or a function
+            (name, module) -> bool.
         order: which of u and v a power iteration updates first. None: as it was, which is v in the old hook and u in
             torch's parametrization; a norm that is new starts with u. "torch": u, as torch's parametrization, in every
             norm that is not skipped; training that goes on from the old hook then differs by half an iteration at
@@ -64,15 +64,15 @@ def convert(
     ``logging.getLogger("fastsn")`` says at level INFO what was done with each tensor, and why not.
 
     The keys of the state dict become those of torch's parametrization. A model that had the old hook still loads its
-    old checkpoints, ``strict=True`` too ("bsn" and "bssn" miss the vectors of the second view, which are brought to the
-    loaded weights with a warning). The order of ``parameters()`` may change: load an optimizer's state before
+    old checkpoints, ``strict=True`` too ("bsn" and "bssn" miss the vectors of the second view, which are warmed up
+    with a warning). The order of ``parameters()`` may change: load an optimizer's state before
     converting.
 
-    When u and v move: the old hook iterates once per forward of the module, a parametrization, torch's and fastsn's,
-    once per use of the tensor. This is the same for a module whose forward reads the tensor once, as those of torch's
-    Linear, convolution and embedding layers do. A module that reads it several times in a forward, or whose tensor
-    others read, iterates more often than before. Under ``fastsn.fuse`` and ``fastsn.step`` a norm iterates once per
-    forward of the fused model, or once per block. Vectors that torch has spoilt (zero or not finite) stay so until
+    Updates of u and v: the old hook iterates once per forward of the module, a parametrization, torch's or fastsn's,
+    once per access to the tensor. These are the same if the module's forward reads the tensor once, as in torch's
+    Linear, convolution and embedding layers. A module that reads it several times in a forward, or whose tensor is
+    read by others, iterates more often than before. Under ``fastsn.fuse`` and ``fastsn.step`` a norm iterates once per
+    forward of the fused model, or once per block. Vectors that are already zero or non-finite stay so until
     ``fastsn.warm_up``.
 
     Returns:
@@ -114,8 +114,8 @@ class _Wanted(NamedTuple):
     scale: float | Tensor | None
     order: str | None
 
-    def met_by(self, norm: nn.Module | None) -> str | None:
-        """Why a norm of fastsn can stay, if so."""
+    def satisfied_by(self, norm: nn.Module | None) -> str | None:
+        """Why a norm needs no conversion; None if it does."""
         if not isinstance(norm, SpectralNorm) or (self.order is not None and norm.v_first):
             return None
         if self.variant is None:
@@ -123,7 +123,7 @@ class _Wanted(NamedTuple):
         return f"it is {self.variant!r}" if self.variant == norm.variant and self.scale is None else None
 
     def arguments(self, norm: nn.Module | None) -> dict[str, Any]:
-        """Those of the SpectralNorm that replaces ``norm``."""
+        """The arguments of the SpectralNorm that replaces ``norm``."""
         ours = norm if isinstance(norm, SpectralNorm) else None
         row = variants.get(self.variant or (ours.variant if ours is not None else "sn"))
         scale = ours.scale if ours is not None and row.free_scale else 1.0
@@ -136,30 +136,31 @@ class _Wanted(NamedTuple):
 def _plan(
     model: nn.Module, wanted: _Wanted, skipped: set[nn.Module]
 ) -> tuple[list[tuple[Adapter, SpectralNorm]], list[str]]:
-    """What to convert with the new norms, and lines about what stays. Everything that can fail is done here."""
+    """The tensors to convert with their new norms, and log lines about others. Everything that can fail is done here,
+    so that an error leaves the model unchanged."""
     found = _find(model, wanted.variant)
     weights: list[tuple[Adapter, Tensor]] = []
     for adapter in found.adapters:
-        why = "skip" if skipped & adapter.modules() else adapter.obstacle() or wanted.met_by(adapter.norm)
+        why = "skip" if skipped & adapter.modules() else adapter.obstacle() or wanted.satisfied_by(adapter.norm)
         if why:
             found.left_alone.append(f"{adapter.where}: {why}")
         else:
             with _named(adapter):
                 weights.append((adapter, checks.weight(adapter.weight(), "the weight")))
     made: dict[nn.Module, SpectralNorm] = {}
-    # Only after all weights are known to be right: from here on vectors are drawn.
+    # Only after all weights are checked: drawing vectors changes the random state.
     return [(adapter, _norm(adapter, weight, wanted, made)) for adapter, weight in weights], found.left_alone
 
 
 class _Found(NamedTuple):
-    """Tensors to convert, and lines about what is known to stay as it is."""
+    """Tensors that may be converted, and log lines about those that cannot."""
 
     adapters: list[Adapter]
     left_alone: list[str]
 
 
 def _find(model: nn.Module, variant: str | None) -> _Found:
-    """All norms; or, if there are none, the plain layers that the variant is for."""
+    """All norms; or, if there are none, the plain layers to normalize."""
     scripts: list[str] = []
     modules = list(_open_modules(model, scripts))
     found = _norms(modules)
@@ -203,7 +204,7 @@ def _norms(modules: list[tuple[str, nn.Module]]) -> _Found:
 
 
 def _norm(adapter: Adapter, weight: Tensor, wanted: _Wanted, made: dict[nn.Module, SpectralNorm]) -> SpectralNorm:
-    """The tensor's new norm; for a norm that several tensors share, one is made."""
+    """The new norm of a tensor. Tensors that share a norm share the new one."""
     settings, old = adapter.settings(), adapter.norm
     if old is not None and old in made:
         made[old].follows_autocast &= settings["follows_autocast"]
@@ -225,10 +226,10 @@ def _named(adapter: Adapter) -> Iterator[None]:
 
 
 def _skipped(model: nn.Module, skip: Skip | None) -> set[nn.Module]:
-    """Every module that ``skip`` stands for."""
+    """Every module that ``skip`` selects, with its submodules."""
     if skip is None:
         return set()
-    modules = list(model.named_modules(remove_duplicate=False))  # a shared module is known by all of its names
+    modules = list(model.named_modules(remove_duplicate=False))  # a shared module has several names
     if isinstance(skip, str):
         skip = [skip]
     if callable(skip) and not isinstance(skip, type | nn.Module):

@@ -1,4 +1,4 @@
-"""convert_state_dict: checkpoints of one spectral normalization for models that use another."""
+"""convert_state_dict: converts checkpoints between implementations of spectral normalization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastsn.interop import state_dict_layouts as layouts
 from fastsn.interop.state_dict_entries import convert_entry
 from fastsn.interop.state_dict_layouts import LAYOUTS, Entry
 
-# Where torch's hook keeps its version in a module's metadata. Without it, loading computes v anew.
+# Keys of the version of torch's hook in the metadata of a module. Without it, loading recomputes v.
 _HOOK, _VERSION = "spectral_norm", ".version"
 
 
@@ -33,18 +33,17 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
     ``"mimicry"``    ``weight``, ``sn_u``, ``sn_sigma``: torch_mimicry
     ================ ==================================================================================================
 
-    What is there is found out for each tensor, so layouts may be mixed. All other keys stay as they are, in their
-    places, as does what is stored as asked already. The state is not changed; tensors are shared with it, not copied,
-    unless their values change.
+    The layout is detected per tensor, so a state may mix them. All other keys, and norms already in the layout ``to``,
+    are unchanged and keep their order. The input is not modified; unchanged tensors are shared with it, not copied.
 
     - A missing v is :math:`M^H u / \|M^H u\|` with u kept, a missing u is :math:`M v / \|M v\|`, a missing sigma is
       :math:`u^H M v`. Where u and v both are missing (and other keys show that there was a norm), they come from 15
-      power iterations from a start that is always the same. ``parametrizations.weight.original`` alone may belong to
+      power iterations from a fixed start. ``parametrizations.weight.original`` alone may belong to
       any parametrization and is left alone.
     - The dimension of output channels is the one whose sizes u and v have; among several, the one for which u and v
       belong to each other; with u alone, the first.
     - To "fastsn", u and v in half precision become float32.
-    - BigGAN and mimicry normalize u at every use; here it is brought to length 1 where they did not. They also iterate
+    - BigGAN and mimicry normalize u at every use; here it is normalized if they did not. They also iterate
       in evaluation without storing it, so their sigma is half a power iteration ahead until u has converged. Further
       singular values of BigGAN (``u1``, ``sv1``, ...) are only logged there and are not carried over.
     - A scale that is a number is in no state dict, nor is the variant: the new module has to be built with them.
@@ -63,7 +62,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> OrderedDict[str,
         TypeError: ``state`` is not a mapping of str to tensors (``_extra_state`` may be anything), or a weight cannot
             have a norm.
         ValueError: unknown ``to``; no spectral norm in ``state``; u or v without its weight, or of a wrong size; or
-            ``to`` has no place for what is there: u_in and v_in, a scale, a tensor not named ``weight``, output
+            ``to`` cannot store what is in ``state``: u_in and v_in, a scale, a tensor not named ``weight``, output
             channels that are not dimension 0, a complex weight, another parametrization of the same tensor (one
             without tensors, behind the norm, leaves no trace and cannot be seen), or a key that is taken.
 
@@ -104,7 +103,7 @@ def _check(state: object) -> None:
 
 
 def _hooked(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The (prefix, tensor) that the metadata of torch's hook name."""
+    """(prefix, tensor) of every norm in the metadata of torch's hook."""
     return [
         (path and f"{path}.", name.removesuffix(_VERSION))
         for path, facts in metadata.items()
@@ -115,17 +114,17 @@ def _hooked(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _metadata(
     old: Mapping[str, Any], before: Iterable[str], after: Iterable[str], entries: list[Entry], to: str
 ) -> OrderedDict[str, Any]:
-    """The metadata without modules that are no more, with the hook's version of just those tensors that have it."""
+    """The metadata without modules that no longer exist, and with the hook's version exactly where the hook is."""
     gone = _modules(before) - _modules(after)
-    kept = OrderedDict((path, dict(facts)) for path, facts in old.items() if path not in gone)
-    for facts in kept.values():
+    result = OrderedDict((path, dict(facts)) for path, facts in old.items() if path not in gone)
+    for facts in result.values():
         facts.pop(_HOOK, None)
     if to == "torch_hook":
         for entry in entries:
-            kept.setdefault(entry.prefix[:-1], {}).setdefault(_HOOK, {})[entry.tensor + _VERSION] = 1
-    return kept
+            result.setdefault(entry.prefix[:-1], {}).setdefault(_HOOK, {})[entry.tensor + _VERSION] = 1
+    return result
 
 
 def _modules(keys: Iterable[str]) -> set[str]:
-    """The paths of all modules that hold these keys."""
+    """The paths of all modules that contain these keys."""
     return {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}

@@ -1,4 +1,4 @@
-"""One spectral norm of a state dict, from its layout to another: what can be carried over, and what has to be made."""
+"""Converts one spectral norm of a state dict to another layout: copies its tensors and computes missing ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _VECTORS = [part for pair in _PAIRS.values() for part in pair]
 
 
 def convert_entry(entry: Entry, state: Mapping[str, Tensor], target: Layout) -> dict[str, dict[str, Tensor]]:
-    """Every key of the entry -> the keys and tensors that replace it. Empty where all stays as it is.
+    """Every key of the entry -> the keys and tensors that replace it. Empty if nothing changes.
 
     Raises:
         ValueError, TypeError: as ``convert_state_dict``.
     """
     source, keys = entry.layout, entry.keys
     first, *_ = names = list(keys.values())
-    if entry.others:  # what is normalized is not the tensor that is stored
+    if entry.others:  # the stored tensor is not the one that is normalized
         if source is target:
             return {}
         others = ", ".join(map(repr, entry.others))
@@ -46,7 +46,7 @@ def convert_entry(entry: Entry, state: Mapping[str, Tensor], target: Layout) -> 
 
 
 def _dims(entry: Entry, found: Found) -> list[int]:
-    """The dimensions of the weight that may count its output channels, as far as sizes tell: at least one."""
+    """The dimensions that may be that of output channels by the sizes of u and v: at least one, else ValueError."""
     key, row = entry.keys["weight"], entry.layout.row
     weight = checks.weight(found["weight"], key)
     if weight.ndim < 2:
@@ -68,7 +68,7 @@ def _dims(entry: Entry, found: Found) -> list[int]:
 
 
 def _refuse(entry: Entry, found: Found, target: Layout) -> None:
-    """Raise where the target has no place for something, rather than lose it."""
+    """Raise TypeError or ValueError if the target layout cannot store a tensor."""
     key, name = entry.keys["weight"], target.name
     if found["weight"].is_meta:
         raise ValueError(f"{key!r} must have values, got a meta tensor")
@@ -85,7 +85,7 @@ def _refuse(entry: Entry, found: Found, target: Layout) -> None:
 
 
 def _parts(entry: Entry, found: Found, dims: list[int], target: Layout) -> dict[str, Tensor]:
-    """What the target stores, in the order in which it does."""
+    """The tensors of the target layout, in its order."""
     weight, parts = found["weight"], dict(found)
     width = reference.wide(weight.dtype) if target.wide else weight.dtype
     for part in (part for part in _VECTORS if part in found):
@@ -110,17 +110,17 @@ def _parts(entry: Entry, found: Found, dims: list[int], target: Layout) -> dict[
 
 
 def _dim(weight: Tensor, dims: list[int], parts: Found) -> int:
-    """The dimension that counts output channels. Where several have the right sizes (a ConvTranspose with as many
-    channels in as out), u and v tell: they belong to each other by one of the matrices only."""
+    """The dimension of output channels. If several have the right sizes (a ConvTranspose with as many channels in as
+    out), it is the one whose matrix maps v to u."""
     if len(dims) == 1 or "u" not in parts or "v" not in parts:
         return dims[0]
     fits = [_fit(reference.matrix(views.as_oik(weight, dim), "out"), parts["u"], parts["v"]) for dim in dims]
     best = max(fits)
-    return dims[fits.index(best)] if best > 0.9 else dims[0]  # vectors that were never iterated fit nowhere
+    return dims[fits.index(best)] if best > 0.9 else dims[0]  # vectors that were never iterated fit none
 
 
 def _fit(m: Tensor, u: Tensor, v: Tensor) -> float:
-    """1 where u is M v or v is M^H u, but for their lengths, whatever W is; near 0 for strangers."""
+    """1 if u is parallel to M v, or v to M^H u; near 0 for unrelated vectors."""
     u, v = u.to(m.dtype), v.to(m.dtype)
     mv, mhu = torch.mv(m, v), torch.mv(m.mH, u)
     fits = [torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y) for x, y in ((u, mv), (v, mhu))]
@@ -128,7 +128,7 @@ def _fit(m: Tensor, u: Tensor, v: Tensor) -> float:
 
 
 def _unit_length(u: Tensor) -> Tensor:
-    """u itself where its length is 1 up to rounding."""
+    """u / |u|; u itself if its length is 1 up to rounding."""
     wide = u.to(reference.wide(u.dtype))
     if abs(float(torch.linalg.vector_norm(wide)) - 1) <= 4 * torch.finfo(u.dtype).eps:
         return u
@@ -136,7 +136,7 @@ def _unit_length(u: Tensor) -> Tensor:
 
 
 def _pair(oik: Tensor, view: str, u: Tensor | None, v: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """u and v of a view, the missing one made of the other."""
+    """u and v of a view, the missing one computed from the other."""
     m = reference.matrix(oik, view)
     start_u, start_v = _start(m, *m.shape)
     if u is not None:
@@ -148,7 +148,7 @@ def _pair(oik: Tensor, view: str, u: Tensor | None, v: Tensor | None, dtype: tor
 
 
 def _start(like: Tensor, *sizes: int) -> list[Tensor]:
-    """Unit vectors that are the same every time."""
+    """Fixed pseudo-random unit vectors of these sizes."""
     draw = torch.Generator("cpu").manual_seed(0)
     drawn = [torch.randn(n, generator=draw, dtype=like.dtype, device="cpu").to(like.device) for n in sizes]
     return [F.normalize(x, dim=0) for x in drawn]

@@ -1,4 +1,4 @@
-"""How checkpoints name the tensors of a spectral norm: one row per layout, and the search for them in a state dict."""
+"""The state-dict keys of spectral norms, one row per implementation, and the search for them in a state dict."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Found = Mapping[str, Tensor]  # part ("weight", "u", "v", "u_in", "v_in", "scale
 
 @dataclass(frozen=True)
 class Layout:
-    """One row.
+    """The state-dict keys of one implementation.
 
     Attributes:
-        name: what users call it.
-        tensors: part -> the name behind the module's prefix; {n} is the tensor that is normalized ("weight" where the
-            layout has no choice), {i} the position among the parametrizations of that tensor.
-        is_norm: whether the parts that are there (one besides the weight at least), and the tensor's name, can be
-            nothing but a spectral norm.
-        spare: pattern of names that it stores too and that say nothing its parts do not: not carried over.
-        row: u is stored as 1 x h and belongs to the rows of ``weight.view(weight.size(0), -1)``; its owner normalizes
-            it at every use, so it may have any length.
-        conjugates: right for complex weights.
+        name: the value of ``to`` in ``convert_state_dict``.
+        tensors: part -> key after the module's prefix; {n} is the name of the normalized tensor (without it: "weight"),
+            {i} its index among the parametrizations of that tensor.
+        is_norm: whether the parts found (at least one besides the weight) and the tensor's name identify a spectral
+            norm for certain.
+        spare: pattern of further keys with redundant values, which are dropped.
+        row: u is stored as 1 x h and belongs to the rows of ``weight.view(weight.size(0), -1)``; it is
+            normalized at every use, so it may have any length.
+        conjugates: supports complex weights.
         wide: u and v are float32 where the weight is in half precision.
     """
 
@@ -46,17 +46,17 @@ def _always(_found: Found, _tensor: str) -> bool:
 
 
 def _vectors(found: Found, _tensor: str) -> bool:
-    """Any parametrization may have a scale."""
+    """A scale alone does not identify a norm: any parametrization may have one."""
     return not found.keys().isdisjoint(("u", "v", "u_in", "v_in"))
 
 
 def _hooked(found: Found, tensor: str) -> bool:
-    """Other things end in _orig (pruning), _u (attention) or _v (the old weight_norm) too, but not together."""
+    """_orig (pruning), _u (attention) and _v (the old weight_norm) have other uses too, but not together."""
     return "weight" in found or (tensor == "weight" and "u" in found and found["u"].ndim == 1)
 
 
 def _row_or_sigma(found: Found, _tensor: str) -> bool:
-    """u0 is a common name; 1 x h is a rare shape, and nothing else is called sv0."""
+    """u0 is a common name, so its shape must be 1 x h; sv0 has no other use."""
     return "sigma" in found or (found["u"].ndim == 2 and found["u"].shape[0] == 1)
 
 
@@ -82,7 +82,7 @@ LAYOUTS: dict[str, Layout] = {
             conjugates=True,
             wide=True,
         ),
-        # u1, sv1, ...: further singular values, which are logged and normalize nothing.
+        # u1, sv1, ...: further singular values, used for logging only.
         Layout(
             "biggan",
             {"weight": "weight", "u": "u0", "sigma": "sv0"},
@@ -96,7 +96,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def get(name: object) -> Layout:
-    """Look a layout up by its name; ValueError lists the names there are."""
+    """Look a layout up by its name; ValueError lists the valid names."""
     if not isinstance(name, str) or name not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}, got {name!r}")
     return LAYOUTS[name]
@@ -106,8 +106,8 @@ def get(name: object) -> Layout:
 class Entry:
     """A spectral norm in a state dict.
 
-    ``keys``: part -> key, in the order of the state; ``spare``: keys of what is not carried over; ``others``: keys of
-    whatever else changes the same tensor.
+    ``keys``: part -> key, in the order of the state; ``spare``: keys that are dropped; ``others``: keys of other
+    parametrizations of the same tensor.
     """
 
     layout: Layout
@@ -123,7 +123,7 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(r"(?P<p>(?:.+\.)?)" + named)
 
 
-# A weight alone proves nothing: it is looked up once another part is found.
+# A weight alone does not identify a norm: it is looked up once another part is found.
 _PATTERNS = [
     (row.name, part, _pattern(name))
     for row in LAYOUTS.values()
@@ -165,7 +165,7 @@ def _entry(location: _Location, norms: Mapping[_Location, dict[str, str]], order
     chain = f"{prefix}parametrizations.{tensor}."
     rivals = [key for key in order if key.startswith(chain)]
     rivals += [key for other, keys in norms.items() if other[1:3] == (prefix, tensor) for key in keys.values()]
-    # A parametrization that is not the first stands behind another, which may have no tensors.
+    # A parametrization that is not the first follows another, which may have no tensors.
     behind = [] if position == "0" else [f"{chain}0"]
     return Entry(
         layout,

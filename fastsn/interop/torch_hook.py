@@ -17,7 +17,7 @@ _OF_STATE_DICTS = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 
 
 class Hook(Adapter):
-    """A tensor that the hook makes of the parameter ``{tensor}_orig`` and the buffers ``{tensor}_u``, ``_v``."""
+    """A tensor that the hook computes from the parameter ``{tensor}_orig`` and the buffers ``{tensor}_u``, ``_v``."""
 
     def __init__(self, path: str, owner: nn.Module, key: int, hook: TorchHook) -> None:
         super().__init__("torch's old hook", path, owner, hook.name)
@@ -59,10 +59,10 @@ class Hook(Adapter):
         del owner._forward_pre_hooks[self._key]
         for hooks in (owner._state_dict_hooks, owner._load_state_dict_pre_hooks):
             for key, wrapped in list(hooks.items()):
-                hook: Any = getattr(wrapped, "hook", wrapped)  # torch wraps hooks of loading
+                hook: Any = getattr(wrapped, "hook", wrapped)  # torch wraps load hooks
                 if isinstance(hook, _OF_STATE_DICTS) and hook.fn.name == tensor:
                     del hooks[key]
-        setattr(owner, tensor, weight)  # over the plain attribute
+        setattr(owner, tensor, weight)  # replaces the plain attribute
         register(owner, tensor, norm)
         owner.register_load_state_dict_pre_hook(OldKeys(self._hook))  # type: ignore[no-untyped-call]
 
@@ -73,16 +73,16 @@ def hooks_of(module: nn.Module) -> dict[int, TorchHook]:
 
 
 class OldKeys:
-    """Before a state dict is loaded: what the old hook called ``{tensor}_orig``, ``_u``, ``_v`` gets the names that
-    parametrizations use, where the module has those. From before torch 1.0 there is W / sigma in ``{tensor}`` instead
-    of ``_v``: torch's own hook for loading solves for v."""
+    """Pre hook of load_state_dict: renames the keys of the old hook, ``{tensor}_orig``, ``_u``, ``_v``, to those of
+    parametrizations. Checkpoints from before torch 1.0 have W / sigma in ``{tensor}`` and no ``_v``: torch's own load
+    hook computes v."""
 
     def __init__(self, hook: TorchHook) -> None:
         self._tensor, self._upgrade = hook.name, SpectralNormLoadStateDictPreHook(hook)
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Rename in place, as a hook for loading."""
-        if not parametrize.is_parametrized(module, self._tensor):  # removed, or folded
+        """Rename the keys in ``state_dict`` in place."""
+        if not parametrize.is_parametrized(module, self._tensor):  # parametrization removed or folded
             return
         old = prefix + self._tensor
         if all(old + suffix in state_dict for suffix in ("_orig", "", "_u")):

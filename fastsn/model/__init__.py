@@ -1,1 +1,1 @@
-"""A whole model at once: step and fuse (scopes), and what is done outside of training (tools)."""
+"""Functions on whole models: ``step`` and ``fuse`` (scopes), and those outside of training (tools)."""

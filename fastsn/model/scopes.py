@@ -15,13 +15,13 @@ from fastsn import checks, plan, recomputation, weight_cache
 from fastsn.model.sites import sites
 from fastsn.norm import SpectralNorm
 from fastsn.plan import Group
-from fastsn.weight_cache import Cached, CachedWeights
+from fastsn.weight_cache import CachedWeights, CacheEntry
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class step:
-    """Normalize every weight once for the whole block; each use in it is served the same W̄.
+    """Normalize every weight of a model once for a block of code; all uses in the block get the same W̄.
 
     ::
 
@@ -32,24 +32,24 @@ class step:
             loss = -D(G(z)).mean()
 
     In training mode u and v are iterated once at the start; ``advance=False`` uses the iterated vectors without storing
-    them. In evaluation mode the stored vectors are used. A weight or scale that changes inside the block is normalized
-    anew with the block's vectors (changes through ``.data`` and by torch's fused optimizers are not seen: end the block
-    before ``optimizer.step()``). All uses share one graph, so call ``backward`` once (or keep the graph). Of nested
-    steps the inner one counts; one that an exception leaves has ended.
+    them. In evaluation mode the stored vectors are used. If a weight or scale changes inside the block, W̄ is computed
+    again with the block's vectors (changes through ``.data`` and by fused optimizers are not detected: end the block
+    before ``optimizer.step()``). All uses share one graph, so call ``backward`` once, or with ``retain_graph=True``. Of
+    nested steps the innermost is used. An exception ends the step.
 
-    Activation checkpointing: in a backward no norm iterates. A region that backward runs again gets the vectors of the
-    step that it runs in, outside of any step the stored ones. With the backward inside the block these are those of its
-    forward; after it, only if ``advance`` is True and no other forward or step has come between. Otherwise pass
+    Activation checkpointing: no norm iterates during backward. A recomputed region uses the vectors of the active step,
+    without one the stored vectors. If backward is called inside the block, these are those of the original forward;
+    after the block, only if ``advance`` is True and no other forward or step has come between. Otherwise pass
     ``context_fn=fastsn.recompute``.
 
-    Threads: a step counts in the thread that has opened it, and in those that have opened none, as the threads of
+    Threads: a step applies to the thread that entered it, and to threads that have entered none, such as those of
     ``DataParallel`` and of ``backward``.
 
     Raises:
-        ValueError: a model without norms of fastsn; a weight on the meta device. No vector has moved.
-        TypeError: ``advance`` is no bool; a sharded DTensor: open the step where the weights are whole. No vector has
-            moved.
-        RuntimeError: a step that is entered a second time. The first is as it was.
+        ValueError: a model without norms of fastsn; a weight on the meta device. No vector is changed.
+        TypeError: ``advance`` is no bool; a sharded DTensor: enter the step where the weights are gathered. No vector
+            is changed.
+        RuntimeError: the same step object is entered twice.
     """
 
     def __init__(self, model: nn.Module, advance: bool = True) -> None:
@@ -67,7 +67,7 @@ class step:
 
 
 def fuse(model: Module) -> Module:
-    """From now on each forward of the model normalizes all of its weights in one call, as inside a ``step``.
+    """Make each forward of the model normalize all of its weights in one call, as inside a ``step``.
 
     ::
 
@@ -76,7 +76,7 @@ def fuse(model: Module) -> Module:
 
     In training mode u and v advance once per forward of the model, also those of layers that the forward uses several
     times or not at all. Layers that are called on their own normalize as before. Inside a ``step``, and inside the
-    forward of a larger fused model, all is served from there. ``model.forward(x)`` passes the hooks by, as in torch.
+    forward of a larger fused model, the weights of that are used. ``model.forward(x)`` bypasses hooks, as in torch.
     The class, the parameters and the state dict stay; copies, pickles and replicas are fused too; ``fold`` undoes it.
 
     Returns:
@@ -93,8 +93,8 @@ def fuse(model: Module) -> Module:
     return model
 
 
-def separate(model: nn.Module) -> None:
-    """Take back ``fuse``, of the model and of all in it, and forget what was found for steps."""
+def unfuse(model: nn.Module) -> None:
+    """Undo ``fuse`` for the model and all its modules, and drop their plans."""
     for module in model.modules():
         plan.forget(module)
         for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
@@ -104,7 +104,7 @@ def separate(model: nn.Module) -> None:
 
 
 class _Forward(NamedTuple):
-    """A forward of a fused model, what ends it, and the call that it is in (None in a graph)."""
+    """A running forward of a fused model, the function that ends it, and its stack frame (None while compiling)."""
 
     model: nn.Module
     release: Callable[[], None]
@@ -112,7 +112,7 @@ class _Forward(NamedTuple):
 
 
 class _Entered(threading.local):
-    """The forwards of fused models that this thread is in."""
+    """The running forwards of fused models in this thread, outermost first."""
 
     def __init__(self) -> None:
         self.stack: list[_Forward] = []
@@ -131,7 +131,7 @@ def _enter(model: nn.Module, _: Any) -> None:
 
 
 def _release_abandoned(call: FrameType | None) -> None:
-    """End what KeyboardInterrupt and its like have left: torch calls no hook then."""
+    """End forwards that were left by KeyboardInterrupt or the like, for which torch calls no hooks."""
     running = set()
     while call is not None:
         running.add(call)
@@ -143,7 +143,7 @@ def _release_abandoned(call: FrameType | None) -> None:
 
 
 def _leave(model: nn.Module, *_: Any) -> None:
-    # What lies above was entered by forwards that never came to their end.
+    # Entries above that of this model belong to forwards whose hook was not called.
     stack = _entered.stack
     while any(forward.model is model for forward in stack):
         forward = stack[-1]
@@ -154,15 +154,15 @@ def _leave(model: nn.Module, *_: Any) -> None:
 
 
 def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
-    """One call for all weights; for a ``fused`` forward, for those that this thread does not hold already. Returns what
-    ends it."""
+    """Normalize all weights of the model (for a ``fused`` forward: those not cached in this thread yet) and cache W̄ on
+    their norms. Returns the function that ends the scope."""
     compiling = torch.compiler.is_compiling()
-    region = None if compiling else recomputation.region()
+    region = None if compiling else recomputation.current_region()
     if region is not None and region.replaying is not None:
-        return _nothing  # the vectors of each use are known
-    runs_again = not compiling and recomputation.in_backward()
+        return _no_op  # each use takes its recorded vectors
+    recomputing = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
-    opened: list[tuple[Sequence[SpectralNorm], list[Cached]]] = []
+    opened: list[tuple[Sequence[SpectralNorm], list[CacheEntry]]] = []
 
     def release() -> None:
         for norms, cached in reversed(opened):
@@ -173,14 +173,14 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                     norm.cached.remove(own)
 
     try:
-        with recomputation.unseen_by_checkpoints():  # also what makes the weights, which is not run again each time
+        with recomputation.hide_from_checkpoint():  # includes parametrizations, which the recomputation may skip
             for group in plan.groups(model):
-                for part in _parts(group) if fused else [group]:
-                    rounds = 0 if runs_again else part.rounds
+                for part in _uncached(group) if fused else [group]:
+                    rounds = 0 if recomputing else part.rounds
                     for batch, norms in part.batches():
                         made, vectors = batch.normalize(rounds, advance and rounds > 0)
                         if not (fused or compiling):
-                            batch.explain_freed_graphs(made)
+                            batch.raise_on_second_backward(made)
                         weights = CachedWeights(batch, made, vectors, thread, not fused, compiling)
                         cached = [(weights, i) for i in range(len(made))]
                         opened.append((norms, cached))
@@ -192,17 +192,17 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     return release
 
 
-def _nothing() -> None:
+def _no_op() -> None:
     pass
 
 
-def _parts(group: Group) -> list[Group]:
-    """Of a group, what a fused forward has to normalize: not what this thread has in a step already; with the vectors
-    of another thread's step, but not its graph, which that thread's backward frees; the rest as it is."""
+def _uncached(group: Group) -> list[Group]:
+    """The parts of a group that a fused forward has to normalize: not those cached in this thread. Those in a step of
+    another thread use its vectors, but need a graph of their own, as the other thread's backward frees its graph."""
     if not any(norm.cached for norm in group.norms):
         return [group]
-    free = [i for i, norm in enumerate(group.norms) if not weight_cache.of_this_thread(norm.cached)]
-    steps = {i: weight_cache.of_a_step(group.norms[i].cached) for i in free}
+    free = [i for i, norm in enumerate(group.norms) if not weight_cache.entered_in_this_thread(norm.cached)]
+    steps = {i: weight_cache.step_vectors(group.norms[i].cached) for i in free}
     own = [i for i in free if steps[i] is None]
     found = {i: vectors for i, vectors in steps.items() if vectors is not None}
-    return [part for part in (group.some(own), group.some(list(found), found)) if part.norms]
+    return [part for part in (group.subset(own), group.subset(list(found), found)) if part.norms]

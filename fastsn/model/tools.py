@@ -1,4 +1,4 @@
-"""Whole networks outside of training: what an inspector or an exporter does with all normalized weights."""
+"""Functions on all normalized weights of a model: measure (sigmas), warm_up, advance, fold."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import checks, normalize, reference, views
-from fastsn.layers import NormalizedLayer, after_loading
+from fastsn.layers import NormalizedLayer, load_post_hook
 from fastsn.model import scopes
-from fastsn.model.sites import Site, evaluated, weights
-from fastsn.parametrize import own_class
+from fastsn.model.sites import Site, evaluate_chain, weights
+from fastsn.parametrize import unshare_class
 from fastsn.reference import Vectors
 from fastsn.stored_vectors import WARM_UP_ITERATIONS
 
@@ -21,7 +21,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Sigmas(NamedTuple):
-    """The norms of one weight: the divisor, and the norms of both reshapes."""
+    """Of one weight: sigma, which divides it, and the spectral norms of both reshapes."""
 
     sigma: float
     sigma_out: float
@@ -30,16 +30,16 @@ class Sigmas(NamedTuple):
 
 @torch.no_grad()
 def sigmas(model: nn.Module) -> dict[str, Sigmas]:
-    r"""Every layer's spectral norms, :math:`u^H M v` with the stored vectors; nothing moves.
+    r"""Every layer's spectral norms, :math:`u^H M v` with the stored vectors, which are not updated.
 
     Returns:
         {layer name: (sigma, sigma_out, sigma_in)}: sigma is what the weight is divided by; sigma_out is the norm of
         the cout x (cin·k·k) reshape, sigma_in of the cin x (cout·k·k) reshape. A reshape that the variant does not
-        track ("sn", "ssn": `in`) is measured on the spot by 30 power iterations from a fixed start, which can only
-        come out too small. Tensors other than ``weight`` are named ``layer.tensor``, several norms on one tensor
+        track ("sn", "ssn": `in`) is measured by 30 power iterations from a fixed start, which gives a lower
+        bound. Tensors other than ``weight`` are named ``layer.tensor``, several norms on one tensor
         ``layer.0``, ``layer.1``. A model without fastsn layers gives an empty dict.
 
-    Waits for the device once for all layers. Raises ValueError for weights on the meta device.
+    Synchronizes with the device once. Raises ValueError for weights on the meta device.
     """
     found = weights(model)
     measured = [_measure(site, weight) for site, weight in found]
@@ -53,17 +53,15 @@ def _measure(site: Site, weight: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(weight.to(reference.wide(weight.dtype)))
         return norm.expand(3)
     tracked, oik = site.norm.measure(weight), views.as_oik(weight, site.norm.dim)
-    if "in" in tracked:
-        last = tracked["in"]
-    elif oik.shape[2] == 1:  # both reshapes are one matrix
-        last = tracked["out"]
+    if oik.shape[2] == 1:  # both reshapes are one matrix, but for a transposition
+        norms = [*tracked.values()] * 2
     else:
-        last = _measure_untracked(oik, "in")
-    return torch.stack([torch.real(x) for x in (reference.mean_sigma(tracked), tracked["out"], last)])
+        norms = [tracked[view] if view in tracked else _measure_untracked(oik, view) for view in views.VIEWS]
+    return torch.stack([torch.real(x) for x in (reference.mean_sigma(tracked), *norms)])
 
 
 def _measure_untracked(oik: Tensor, view: str, iterations: int = 30) -> Tensor:
-    """sigma of a view without stored vectors, iterated from a start that is always the same: a lower bound."""
+    """sigma of a view without stored vectors, iterated from a fixed start: a lower bound."""
     draw = torch.Generator("cpu").manual_seed(0)
     start = [torch.randn(n, generator=draw, device="cpu").to(oik.device) for n in views.vector_sizes(oik, view)]
     vectors: list[Vectors] = [{view: (start[0], start[1])}]
@@ -73,11 +71,11 @@ def _measure_untracked(oik: Tensor, view: str, iterations: int = 30) -> Tensor:
 
 @torch.no_grad()
 def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
-    """Bring u and v of every layer to its weight by ``iterations`` power iterations, stored, in any mode.
+    """Run ``iterations`` power iterations on u and v of every layer and store them, in any mode.
 
     For weights that did not come from training with these vectors: loaded without them, re-initialized, averaged,
-    materialized from meta. Vectors that are unusable (non-finite, far from length 1) are drawn anew first. A tensor
-    ``scale`` that was on meta has to be set like the weights.
+    materialized from meta. Vectors that are unusable (non-finite, far from length 1) are redrawn first. Set a tensor
+    ``scale`` that was on meta yourself, like the weights.
 
     Returns:
         The same model.
@@ -88,13 +86,13 @@ def warm_up(model: Module, iterations: int = WARM_UP_ITERATIONS) -> Module:
     iterations, found = checks.count(iterations, "iterations"), weights(model, vectors_too=False)
     checks.has_norms(found, "model")
     for site, _ in found:
-        site.norm.warm_up(site.weight(), iterations)  # asked again: norms on one tensor follow one another
+        site.norm.warm_up(site.weight(), iterations)  # computed anew: it depends on preceding norms of the same tensor
     return model
 
 
 @torch.no_grad()
 def advance(model: Module, rounds: int = 1) -> Module:
-    """Iterate u and v of every layer ``rounds`` times with its weight as it is now, stored, in any mode.
+    """Run ``rounds`` power iterations of every layer with its current weight and store u and v, in any mode.
 
     All layers in one call, and without waiting for the device: for training loops that store the vectors once after
     each optimizer step (Lin et al. 2021), their forwards in ``step(model, advance=False)``. Vectors that do not belong
@@ -109,7 +107,7 @@ def advance(model: Module, rounds: int = 1) -> Module:
     rounds, found = checks.count(rounds, "rounds"), weights(model)
     checks.has_norms(found, "model")
     for depth in sorted({site.depth for site, _ in found}):
-        # What lies behind other norms is asked for again, now that those have moved.
+        # The input of a norm with preceding norms is computed anew, now that those have been updated.
         here = [(s.norm, s.weight() if depth else w) for s, w in found if s.depth == depth and s.norm.views]
         specs = [norm.spec(w)._replace(scale=1.0, dtype=w.dtype) for norm, w in here]
         for batch, _ in normalize.batches(specs):
@@ -119,12 +117,11 @@ def advance(model: Module, rounds: int = 1) -> Module:
 
 @torch.no_grad()
 def fold(model: Module) -> Module:
-    """Bake every W̄ in, in place: fastsn layers become the plain torch layers they extend, parametrizations are removed.
+    """Replace every weight by its W̄, in place: layers become plain torch layers, parametrizations are removed.
 
-    The folded weights are those of evaluation, bit for bit, and so is what the model computes from them, with one
-    exception that is torch's: under ``no_grad`` a W̄ requires no gradient while a folded Parameter does, and torch sums
-    a Linear over an input of three or more dimensions that lies in memory otherwise than row by row (channels_last,
-    transposed) in another order for weights that do. ``fold(model).requires_grad_(False)`` has the bits of ``no_grad``.
+    Folded weights and outputs equal those of evaluation mode bit for bit, with one exception: under ``no_grad`` W̄ does
+    not require grad but a folded Parameter does, and for weights that do, torch sums a Linear on a non-contiguous input
+    of three or more dimensions in another order. ``fold(model).requires_grad_(False)`` has the bits of ``no_grad``.
 
     Weights get new Parameter objects, so weights tied to them keep their values and optimizers must be made anew;
     ``copy.deepcopy`` first to keep training.
@@ -146,7 +143,7 @@ def fold(model: Module) -> Module:
             _fold_layer(owner)
         else:
             _fold_parametrization(owner, tensor)
-    scopes.separate(model)
+    scopes.unfuse(model)
     return model
 
 
@@ -157,7 +154,7 @@ def _fold_layer(layer: NormalizedLayer) -> None:
         layer.bias = nn.Parameter(norm.scaled(bias), requires_grad=bias.requires_grad)
     layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     hooks = layer._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is after_loading]:
+    for key in [key for key, hook in hooks.items() if hook is load_post_hook]:
         del hooks[key]
     del layer.spectral_norm, layer.scale_bias
     layer.__class__ = layer.plain  # type: ignore[assignment]
@@ -165,9 +162,9 @@ def _fold_layer(layer: NormalizedLayer) -> None:
 
 def _fold_parametrization(module: nn.Module, tensor: str) -> None:
     chain: ParametrizationList = module.parametrizations[tensor]  # type: ignore[assignment, index]
-    value, originals = evaluated(chain, held=False).clone(), list(chain.parameters(recurse=False))
-    own_class(module)
-    # The original comes back where there is one, so that weights tied to it keep their values.
+    value, originals = evaluate_chain(chain, use_cache=False).clone(), list(chain.parameters(recurse=False))
+    unshare_class(module)
+    # Restore the original Parameter first, so that weights tied to it keep their values.
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=not chain.is_tensor)
     delattr(module, tensor)
     if originals:
