@@ -4,7 +4,7 @@ python -m pytest bench/ --benchmark-only --benchmark-json=raw.json
 python bench/report.py raw.json bench/results/<device>/<name>.json      # no host names, no paths, medians only
 python bench/report.py --readme bench/results/<device>/<name>.json      # writes the table between README's markers
 python bench/report.py --picture bench/results/<device>/<name>.json OUT.png
-python bench/report.py --host-cost bench/results/<device>/<name>.json   # prints a table, beside the targets
+python bench/report.py --host-cost bench/results/<device>/<name>.json   # the same for the host's costs
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- bench/report.py begin -->", "<!-- bench/report.py end -->"
 
 
 def reduced(raw: dict[str, Any]) -> dict[str, Any]:
@@ -83,17 +82,19 @@ def _training(steps: dict[str, dict[str, Any]]) -> str:
 
 
 def host_costs(result: dict[str, Any], name: str) -> str:
-    """What the host spends on normalization, as Markdown."""
-    head = ["layers", "contestant", "µs above none", "µs a layer", "times less than torch's SN", "target", "x floor"]
-    rows = [head, ["---"] * len(head)]
-    for x in result["results"]["host_cost"]:
-        numbers = [x["cost_us"], x["cost_per_layer_us"], x["times_less_than_torch_SN_eager"]]
-        target = f"{x['target_times_less']:g}" if "target_times_less" in x else ""
-        rows.append([str(x["layers"]), x["contestant"], *map(_short, numbers), target, _short(x["times_floor"])])
-    floors = {x["layers"]: _short(x["floor_us"]) for x in result["results"]["host_cost"]}
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", f"Floor: {', '.join(f'{layers} layers {floor} µs' for layers, floor in floors.items())}."]
-    return "\n".join([*lines, "", f"{provenance(result)}, {result['date']} (`{name}`)."])
+    """What the host spends on normalization, as Markdown: a row per contestant, a column per number of layers."""
+    figures = result["results"]["host_cost"]
+    layers = list(dict.fromkeys(x["layers"] for x in figures))
+    rows: dict[str, list[str]] = {}
+    for x in figures:
+        cell = f"{_short(x['cost_us'])} ({x['times_less_than_torch_SN_eager']:.1f}x less)"
+        rows.setdefault(x["contestant"], []).append(cell)
+    rows["floor"] = [_short(next(x["floor_us"] for x in figures if x["layers"] == n)) for n in layers]
+    lines = [["µs above a network without norms", *(f"{n} layers" for n in layers)], ["---"] * (len(layers) + 1)]
+    lines += [[contestant, *cells] for contestant, cells in rows.items()]
+    return "\n".join(
+        [*(f"| {' | '.join(line)} |" for line in lines), "", f"{provenance(result)}, {result['date']} (`{name}`)."]
+    )
 
 
 def provenance(result: dict[str, Any]) -> str:
@@ -114,9 +115,10 @@ def _short(x: float) -> str:
     return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 1 else f"{x:.2g}"
 
 
-def with_table(readme: str, text: str) -> str:
-    """README with the table between its markers."""
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{text}\n{END}", readme, flags=re.DOTALL)
+def with_table(readme: str, text: str, part: str = "") -> str:
+    """README with the table between its markers; ``part``: " host cost" for that of the host's costs."""
+    begin, end = (f"<!-- bench/report.py{part} {edge} -->" for edge in ("begin", "end"))
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", readme, flags=re.DOTALL)
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -128,7 +130,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "--readme":
         README.write_text(with_table(README.read_text(), table(_load(sys.argv[2]), Path(sys.argv[2]).as_posix())))
     elif sys.argv[1] == "--host-cost":
-        print(host_costs(_load(sys.argv[2]), Path(sys.argv[2]).as_posix()))
+        text = host_costs(_load(sys.argv[2]), Path(sys.argv[2]).as_posix())
+        README.write_text(with_table(README.read_text(), text, " host cost"))
     elif sys.argv[1] == "--picture":
         import picture
 

@@ -7,6 +7,10 @@ It leaves out Triton's own launch of a kernel, and what CUDA's allocator and str
 once with memory that comes back to the same places in every step, as from torch's allocator for GPUs, and once with
 memory at new places, for which a table of addresses is made. "backward" is that of rescale through autograd: a step
 that has it less one that has not. First, with small weights, the results are compared with the reference.
+
+"step" is all of it as users write it: ``fastsn.step`` of BSSN layers, each of which asks for its weight, and a backward
+from these weights to the gradients of the parameters. "floor" is what torch alone takes for one op in the place of
+fastsn, ``torch._foreach_mul`` of weights with one element. Both less a step without any op.
 """
 
 from __future__ import annotations
@@ -25,15 +29,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import triton
 from machine import commit, machine
 from measure import Step, interleaved
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import WORKLOADS, build
 
+import fastsn
 from fastsn import ops
 from fastsn.triton import memory
 from interpreted import kernels, launches_replaced
 from op_calls import call
 
-NAMES = ("CIFAR10 CNN", "64 small convs")
+TARGETS = {"CIFAR10 CNN": 200, "64 small convs": 900}  # of a whole step, in microseconds
 SECONDS = 8.0  # for each workload
 
 
@@ -68,11 +73,38 @@ def steps(weights: list[Tensor]) -> dict[str, Step]:
     }
 
 
-def microseconds(weights: list[Tensor]) -> dict[str, float]:
-    """Medians of the ops."""
-    found = {name: 1e6 * statistics.median(times) for name, times in interleaved(steps(weights), SECONDS).items()}
-    total = found.pop("whole") - found.pop("feed")
-    return {**found, "backward": total - sum(found.values()), "all": total}
+def normalized(plain: nn.Module) -> Any:
+    """The BSSN layer of the same shape."""
+    if isinstance(plain, nn.Linear):
+        return fastsn.BSSNLinear(plain.in_features, plain.out_features)
+    assert isinstance(plain, nn.Conv2d)
+    return fastsn.BSSNConv2d(plain.in_channels, plain.out_channels, plain.kernel_size)
+
+
+def steps_of_users(plain: nn.ModuleList) -> dict[str, Step]:
+    """A step of a network that asks for the weights of its layers, and what torch takes for such a step."""
+    net = nn.ModuleList([normalized(layer) for layer in plain])
+    layers, gradients = list(net), [torch.randn_like(layer.weight) for layer in plain]
+    parameters, ones = [layer.weight for layer in layers], [torch.ones(1, requires_grad=True) for _ in plain]
+
+    def step() -> None:
+        with fastsn.step(net):
+            weights = [layer.normalized()[0] for layer in layers]
+        torch.autograd.grad(Feed.apply(gradients, *weights), parameters)
+
+    return {
+        "step": step,
+        "floor": lambda: torch.autograd.grad(Feed.apply(ones, *torch._foreach_mul(ones, 1.5)), ones),
+    }
+
+
+def microseconds(weights: list[Tensor], plain: nn.ModuleList) -> dict[str, float]:
+    """Medians of the ops, and of a step of a user."""
+    timed = {**steps(weights), **steps_of_users(plain)}
+    found = {name: 1e6 * statistics.median(times) for name, times in interleaved(timed, SECONDS).items()}
+    feed = found.pop("feed")
+    total, step, floor = (found.pop(name) - feed for name in ("whole", "step", "floor"))
+    return {**found, "backward": total - sum(found.values()), "all": total, "step": step, "floor": floor}
 
 
 @contextmanager
@@ -109,18 +141,17 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, Triton {triton.__version__}, {found['cpu']}, {found['fastsn']}, commit {commit()}"
     )
-    print(
-        f"{'us':16}{'places':>8}"
-        + "".join(f"{name:>18}" for name in ("power_iteration_", "rescale", "backward", "all"))
-    )
-    for workload in (workload for workload in WORKLOADS if workload.name in NAMES):
-        weights = [layer.weight for layer in build(workload, torch.device("cpu"))]
+    columns = ("power_iteration_", "rescale", "backward", "all", "step", "floor", "target of step")
+    print(f"{'us':16}{'places':>8}" + "".join(f"{name:>18}" for name in columns))
+    for workload in (workload for workload in WORKLOADS if workload.name in TARGETS):
+        plain = build(workload, torch.device("cpu"))
+        weights = [layer.weight for layer in plain]
         with kernels():
             check(weights)
         for new in (False, True):
             with launches_replaced(), places(new):
-                row = microseconds(weights)
-            print(f"{workload.name:16}{'new' if new else 'same':>8}" + "".join(f"{us:18.0f}" for us in row.values()))
+                row = [*microseconds(weights, plain).values(), TARGETS[workload.name]]
+            print(f"{workload.name:16}{'new' if new else 'same':>8}" + "".join(f"{us:18.0f}" for us in row))
 
 
 if __name__ == "__main__":

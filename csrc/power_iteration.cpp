@@ -6,7 +6,6 @@
 // accumulating half then takes while the block is still in the cache: one read of the weight per round. The accumulated
 // vector is not divided by the norm of the first product before the end; sigma is |M^T M v| / |M v|, or |M M^T u| /
 // |M^T u|. Otherwise the accumulated vector comes first, and has to be complete before the local half begins: two reads.
-#include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
 
 #include <cstring>
@@ -183,8 +182,7 @@ std::tuple<Tensor, Tensor> checked(at::TensorList weights, at::TensorList u, at:
   for (size_t i = 0; store && i < pairs; ++i)
     TORCH_CHECK(c10::InferenceMode::is_enabled() || !(u[i].is_inference() || v[i].is_inference()), "u[", i, "] or v[",
                 i, "] was made in inference mode and cannot be updated outside of it");
-  const auto options = weights[0].options().dtype(dtype).requires_grad(false);
-  const Tensor sigmas = at::empty({sizes.sigmas}, options), vectors = at::empty({sizes.vectors}, options);
+  const Tensor sigmas = fresh_flat(sizes.sigmas, dtype), vectors = fresh_flat(sizes.vectors, dtype);
   if (dtype == at::kDouble)
     run<double>(list, u, v, v_first, n, store, sigmas, vectors);
   else

@@ -36,22 +36,30 @@ auto call_rescale(at::TensorList weights, at::TensorList scales, const Tensor& s
   return op.call(weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes);
 }
 
-// The plain numbers of a call, one entry per weight.
+// The plain numbers of a call, one entry per weight. Those of all lists of integers lie end to end: every list that
+// autograd keeps costs as much as a small weight's kernel.
 struct Numbers {
-  Ints dims, view_masks, scale_index, dtypes;
+  Ints lists;
   std::vector<double> scale_factor;
+
+  at::IntArrayRef dims() const { return list(0); }
+  at::IntArrayRef view_masks() const { return list(1); }
+  at::IntArrayRef scale_index() const { return list(2); }
+  at::IntArrayRef dtypes() const { return list(3); }
 
   // Of the given weights only.
   Numbers at(const Ints& places) const {
     Numbers found;
-    for (const int64_t i : places) {
-      found.dims.push_back(dims[i]);
-      found.view_masks.push_back(view_masks[i]);
-      found.scale_index.push_back(scale_index[i]);
-      found.dtypes.push_back(dtypes[i]);
-      found.scale_factor.push_back(scale_factor[i]);
-    }
+    for (size_t which = 0; which < kLists; ++which)
+      for (const int64_t i : places) found.lists.push_back(list(which)[i]);
+    for (const int64_t i : places) found.scale_factor.push_back(scale_factor[i]);
     return found;
+  }
+
+ private:
+  static constexpr size_t kLists = 4;
+  at::IntArrayRef list(size_t which) const {
+    return at::IntArrayRef(lists).slice(which * scale_factor.size(), scale_factor.size());
   }
 };
 
@@ -73,20 +81,19 @@ struct Rescale : torch::autograd::Function<Rescale> {
     // W̄ is what the gradient needs, so that the weight may change before it is asked for. Only the gradient of a scale
     // needs the weight itself, because the scale may be 0.
     variable_list saved;
-    Ints own_dtypes;
+    Ints lists;
     saved.reserve(weights.size() + scales.size() + 2);
+    lists.reserve(4 * weights.size());
+    for (const at::IntArrayRef list : {dims, view_masks, scale_index}) lists.insert(lists.end(), list.begin(), list.end());
     for (size_t i = 0; i < weights.size(); ++i) {
-      own_dtypes.push_back(static_cast<int64_t>(weights[i].scalar_type()));
+      lists.push_back(static_cast<int64_t>(weights[i].scalar_type()));
       saved.push_back(scale_index[i] < 0 ? outputs[i] : weights[i]);
     }
     saved.insert(saved.end(), scales.begin(), scales.end());
     saved.push_back(mean);
     saved.push_back(vectors);
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["dims"] = dims.vec();
-    ctx->saved_data["view_masks"] = view_masks.vec();
-    ctx->saved_data["scale_index"] = scale_index.vec();
-    ctx->saved_data["dtypes"] = std::move(own_dtypes);
+    ctx->saved_data["lists"] = std::move(lists);
     ctx->saved_data["scale_factor"] = scale_factor.vec();
     outputs.push_back(std::move(mean));
     return std::move(outputs);
@@ -94,18 +101,17 @@ struct Rescale : torch::autograd::Function<Rescale> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = saved_variables(*ctx);
-    auto& data = ctx->saved_data;
-    const Numbers all{data["dims"].toIntVector(), data["view_masks"].toIntVector(), data["scale_index"].toIntVector(),
-                      data["dtypes"].toIntVector(), data["scale_factor"].toDoubleVector()};
-    const size_t count = all.dims.size(), scale_count = saved.size() - count - 2;
+    const Numbers all{ctx->saved_data["lists"].toIntVector(), ctx->saved_data["scale_factor"].toDoubleVector()};
+    const size_t count = all.scale_factor.size(), scale_count = saved.size() - count - 2;
     const Tensor &sigma = saved[saved.size() - 2], &vectors = saved.back(), &g_sigma = grads[count];
 
     // One entry per tensor of forward's arguments and per other argument. A weight that was not used gets no gradient,
     // rather than one of zeros.
     variable_list result(count + scale_count + 7), g, bases;
     Ints used;
+    for (variable_list* list : {&g, &bases}) list->reserve(count);
     for (size_t i = 0; i < count; ++i) {
-      const int64_t scale = all.scale_index[i];
+      const int64_t scale = all.scale_index()[i];
       const bool asked = ctx->needs_input_grad(i) || (scale >= 0 && ctx->needs_input_grad(count + scale));
       if (!asked || !(grads[i].defined() || g_sigma.defined())) continue;
       used.push_back(static_cast<int64_t>(i));
@@ -113,14 +119,14 @@ struct Rescale : torch::autograd::Function<Rescale> {
       g.push_back(grads[i].defined() ? grads[i] : at::zeros_like(saved[i]));
     }
     if (used.empty()) return result;
-    const Numbers numbers = all.at(used);
-    const variable_list scales(saved.begin() + count, saved.begin() + count + scale_count);
+    const at::TensorList scales = at::TensorList(saved).slice(count, scale_count);
     const bool whole = used.size() == count;
     std::optional<Tensor> own_g_sigma;
     if (g_sigma.defined()) own_g_sigma = whole ? g_sigma : some(g_sigma, used);
     const auto [d_weights, d_scales] =
-        whole ? call(g, own_g_sigma, bases, scales, sigma, vectors, numbers)
-              : call(g, own_g_sigma, bases, scales, some(sigma, used), some_vectors(vectors, saved, all, used), numbers);
+        whole ? call(g, own_g_sigma, bases, scales, sigma, vectors, all)
+              : call(g, own_g_sigma, bases, scales, some(sigma, used), some_vectors(vectors, saved, all, used),
+                     all.at(used));
     for (size_t i = 0; i < used.size(); ++i)
       if (ctx->needs_input_grad(used[i])) result[used[i]] = d_weights[i];
     for (size_t i = 0; i < scale_count; ++i)
@@ -145,13 +151,13 @@ struct Rescale : torch::autograd::Function<Rescale> {
   // To be differentiated again, it goes the way of fastsn/ops/; otherwise straight to the kernel.
   static std::tuple<variable_list, variable_list> call(const variable_list& g,
                                                        const std::optional<Tensor>& g_sigma,
-                                                       const variable_list& bases, const variable_list& scales,
+                                                       const variable_list& bases, at::TensorList scales,
                                                        const Tensor& sigma, const Tensor& vectors, const Numbers& n) {
     static const auto op = find<decltype(rescale_backward)>("fastsn::rescale_backward");
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
-    return op.call(g, g_sigma, bases, scales, sigma, vectors, n.dims, n.view_masks, n.scale_index,
-                   n.scale_factor, n.dtypes);
+    return op.call(g, g_sigma, bases, scales, sigma, vectors, n.dims(), n.view_masks(), n.scale_index(),
+                   n.scale_factor, n.dtypes());
   }
 
   static Tensor some(const Tensor& x, const Ints& places) {
@@ -165,8 +171,8 @@ struct Rescale : torch::autograd::Function<Rescale> {
     variable_list parts;
     c10::SymInt offset = 0;
     size_t next = 0;
-    for (size_t i = 0; i < all.dims.size(); ++i) {
-      const c10::SymInt size = vector_size(weights[i], all.dims[i], all.view_masks[i]);
+    for (size_t i = 0; i < all.scale_factor.size(); ++i) {
+      const c10::SymInt size = vector_size(weights[i], all.dims()[i], all.view_masks()[i]);
       if (next < places.size() && places[next] == static_cast<int64_t>(i)) {
         parts.push_back(vectors.narrow_symint(0, offset, size));
         ++next;
@@ -204,7 +210,17 @@ std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::T
 TORCH_LIBRARY_FRAGMENT(fastsn, m) {
   m.def("_instruction_set() -> str", [] { return std::string(fastsn::instruction_set()); });
   m.def("_release_memory() -> int", &fastsn::release_memory);
-  m.def("_identify(Tensor[] tensors) -> (int, int)", &fastsn::identify);
+  // The arguments of the ops, as in fastsn/ops/schema.py.
+  const std::string numbers = "int[] dims, int[] view_masks, int[] scale_index, float[] scale_factor, int[] dtypes";
+  const std::string iteration = "Tensor[] weights, Tensor[] u, Tensor[] v, int[] dims, int[] view_masks, int[] v_first, int n";
+  const std::string arguments[] = {
+      "power_iteration(" + iteration, "power_iteration_(" + iteration,
+      "rescale(Tensor[] weights, Tensor[] scales, Tensor sigma, Tensor vectors, " + numbers,
+      "rescale_backward(Tensor[] gradients, Tensor? grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
+      "Tensor vectors, " + numbers};
+  for (const std::string& each : arguments)
+    m.def(("_identify_" + each + ") -> (int, int)").c_str(),
+          torch::CppFunction::makeFromBoxedFunction<&fastsn::identify>());
   m.def("_allocate(Tensor[] like, int[] dtypes) -> (Tensor[], int)", &fastsn::allocate);
 }
 

@@ -1,7 +1,5 @@
 // fastsn::rescale for CPU tensors: W̄ = scale · W / sigma, with the mean of the views' sigmas; where it is exactly 0, 1
 // takes its place.
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -51,7 +49,7 @@ void forward(const std::vector<Weight>& weights, const std::vector<double>& scal
 // The means of the views' sigmas.
 template <class A>
 Tensor means(const std::vector<Weight>& weights, const Tensor& sigma) {
-  const Tensor result = at::empty({static_cast<int64_t>(weights.size())}, sigma.options().requires_grad(false));
+  const Tensor result = fresh_flat(static_cast<int64_t>(weights.size()), sigma.scalar_type());
   const Tensor all = sigma.contiguous();
   const A* const from = all.const_data_ptr<A>();
   A* const to = result.mutable_data_ptr<A>();
@@ -79,6 +77,8 @@ std::tuple<std::vector<Tensor>, Tensor> rescale(at::TensorList weights, at::Tens
   const std::vector<at::ScalarType> out_dtypes = check_dtypes(list.size(), dtypes);
   std::vector<double> numbers;
   std::vector<Result> results;
+  numbers.reserve(list.size());
+  results.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     numbers.push_back(scale_of(i, scales, scale_index, scale_factor));
     results.push_back(result(weights[i], list[i], out_dtypes[i]));
@@ -92,11 +92,12 @@ std::tuple<std::vector<Tensor>, Tensor> rescale(at::TensorList weights, at::Tens
     forward<float>(list, numbers, mean.const_data_ptr<float>(), results);
   }
   std::vector<Tensor> outputs;
+  outputs.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     results[i].finish(dims[i]);
-    outputs.push_back(results[i].tensor);
+    outputs.push_back(std::move(results[i].tensor));
   }
-  return {outputs, mean};
+  return {std::move(outputs), mean};
 }
 
 }  // namespace fastsn

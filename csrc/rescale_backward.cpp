@@ -4,7 +4,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 
+#include <memory>
 #include <thread>
+#include <utility>
 
 #include "ops.h"
 #include "results.h"
@@ -15,35 +17,40 @@ using at::Tensor;
 
 namespace {
 
-// The vectors of a weight as kernels.h takes them, with the mean over the views in p and q.
+// The vectors of a weight as kernels.h takes them, with the mean over the views in p and q; null: not in use.
 template <class A>
 struct Outer {
-  std::vector<A> p, q, x, z;
+  const A *p = nullptr, *q = nullptr, *x = nullptr, *z = nullptr;
   Outer() = default;
   Outer(const Weight& w, const A* flat, double factor) {
     const auto [b, k, kb] = w.arrangement.shape;
     const View &row = w.p_view(), &cls = w.q_view();
     const bool turned = w.arrangement.turned;
+    const int64_t rows = w.arrangement.rows;
+    memory_.reset(new A[(row.used() ? rows + b * k : 0) + (cls.used() ? rows * k + (kb ? b : b * k) : 0)]);
+    A* to = memory_.get();
     const auto times = [&](const A* from, int64_t n) {
-      std::vector<A> to(n);
       for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(from[i] * factor);
-      return to;
+      return std::exchange(to, to + n);
     };
     if (row.used()) {
-      p = times(flat + (turned ? row.v : row.u), w.arrangement.rows);
+      p = times(flat + (turned ? row.v : row.u), rows);
       const A* const from = flat + (turned ? row.u : row.v);
-      x.resize(b * k);
       for (int64_t i = 0; i < b; ++i)
-        for (int64_t j = 0; j < k; ++j) x[kb ? j * b + i : i * k + j] = from[i * k + j];
+        for (int64_t j = 0; j < k; ++j) to[kb ? j * b + i : i * k + j] = from[i * k + j];
+      x = std::exchange(to, to + b * k);
     }
     if (cls.used()) {
-      q = times(flat + (turned ? cls.v : cls.u), w.arrangement.rows * k);
+      q = times(flat + (turned ? cls.v : cls.u), rows * k);
       const A* const from = flat + (turned ? cls.u : cls.v);
-      z.resize(kb ? b : b * k);
       for (int64_t i = 0; i < b; ++i)
-        for (int64_t j = 0; j < (kb ? 1 : k); ++j) z[kb ? i : i * k + j] = from[i];
+        for (int64_t j = 0; j < (kb ? 1 : k); ++j) to[kb ? i : i * k + j] = from[i];
+      z = to;
     }
   }
+
+ private:
+  std::unique_ptr<A[]> memory_;
 };
 
 // What a gradient needs of one weight.
@@ -65,7 +72,12 @@ class Backward {
         states_(weights.size()) {
     pieces_ = items(weights, &parallel_);
     dots_.resize(pieces_.size());
-    for (const Item& piece : pieces_) ++states_[piece.weight].pending;
+    for (size_t i = pieces_.size(); i-- > 0;) {
+      State& state = states_[pieces_[i].weight];
+      state.first_piece = i;
+      ++state.pieces;
+    }
+    for (State& state : states_) state.pending.store(state.pieces, std::memory_order_relaxed);
     // Pieces of a weight lie together: the inner products of weight i + 1 come before the rows of weight i.
     size_t done = 0;
     for (size_t i = 0; i <= pieces_.size(); ++i) {
@@ -95,6 +107,8 @@ class Backward {
   struct State {
     Outer<A> outer;
     A alpha = 0;
+    size_t first_piece = 0;
+    int64_t pieces = 0;
     std::atomic<int64_t> pending{0};
     std::atomic<bool> ready{false};
   };
@@ -131,7 +145,7 @@ class Backward {
   void settle(size_t i, double* d_scales) {
     State& state = states_[i];
     double dot = 0;
-    for (size_t j = 0; j < pieces_.size(); ++j) dot += pieces_[j].weight == i ? dots_[j] : 0;
+    for (int64_t j = 0; j < state.pieces; ++j) dot += dots_[state.first_piece + j];
     const bool zero = sigmas_[i] == 0;
     const double sigma = zero ? 1 : sigmas_[i], factor = gradients_[i].scale / sigma;
     d_scales[i] = dot / sigma;
@@ -150,12 +164,10 @@ class Backward {
     const int64_t n = s.n(), inner_n = inner_size<A>(s);
     Parts<A> parts(scratch<A>(2 * Parts<A>::room(n) + Parts<A>::room(inner_n), 0));
     A *const wide_g = parts.take(n), *const wide_out = parts.take(n), *const inner = parts.take(inner_n);
-    const A* const x = o.p.empty() ? nullptr : o.x.data();
-    const A* const z = o.q.empty() ? nullptr : o.z.data();
     for (int64_t row = piece.begin; row < piece.end; ++row) {
       const A* const g = widened<A>(gradient.g.tensor, row * gradient.g.stride, n, wide_g);
       A* const place = target<A>(out.tensor, row * out.stride, wide_out);
-      kernels<A>().gradient(g, s, state.alpha, x ? o.p[row] : A(0), x, z ? o.q.data() + row * s.k : nullptr, z, place,
+      kernels<A>().gradient(g, s, state.alpha, o.p ? o.p[row] : A(0), o.x, o.q ? o.q + row * s.k : nullptr, o.z, place,
                             inner);
       narrowed<A>(out.tensor, row * out.stride, n, place);
     }
@@ -192,6 +204,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
   TORCH_CHECK_VALUE(gradients.size() == list.size(), "gradients must have ", count, " entries, one per entry of bases, got ",
                     gradients.size());
   std::vector<Gradient> all;
+  all.reserve(list.size());
   std::vector<double> d_scale(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     const Tensor &g = gradients[i], &base = bases[i];
@@ -225,16 +238,17 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rescale_backward(
                     g_sigma ? g_sigmas.const_data_ptr<float>() : nullptr)
         .run(d_scale.data());
   std::vector<Tensor> d_weights, d_scales;
+  d_weights.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     all[i].result.finish(dims[i]);
-    d_weights.push_back(all[i].result.tensor);
+    d_weights.push_back(std::move(all[i].result.tensor));
   }
   std::vector<double> sums(scales.size());
   for (size_t i = 0; i < list.size(); ++i)
     if (scale_index[i] >= 0) sums[scale_index[i]] += d_scale[i] * scale_factor[i];
   for (size_t i = 0; i < scales.size(); ++i)
     d_scales.push_back(at::scalar_tensor(sums[i], scales[i].options().requires_grad(false)).view(scales[i].sizes()));
-  return {d_weights, d_scales};
+  return {std::move(d_weights), std::move(d_scales)};
 }
 
 }  // namespace fastsn

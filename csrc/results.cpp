@@ -40,6 +40,7 @@ std::vector<at::ScalarType> check_dtypes(size_t count, at::IntArrayRef dtypes) {
   TORCH_CHECK_VALUE(dtypes.size() == count, "dtypes must have ", count, " entries, one per weight, got ",
                     dtypes.size());
   std::vector<at::ScalarType> found;
+  found.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const auto dtype = static_cast<at::ScalarType>(dtypes[i]);
     TORCH_CHECK_TYPE(static_cast<int64_t>(dtype) == dtypes[i] && has_kernels(dtype), "dtypes[", i, "] must be 5 (float16), 6 (float32), 7 (float64) or 15 (bfloat16), got ", dtypes[i]);
@@ -50,6 +51,7 @@ std::vector<at::ScalarType> check_dtypes(size_t count, at::IntArrayRef dtypes) {
 
 std::vector<Item> items(const std::vector<Weight>& weights, bool* parallel) {
   std::vector<Item> found;
+  found.reserve(weights.size());
   int64_t elements = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t rows = weights[i].arrangement.rows, each = rows_per_piece(rows, weights[i].n());

@@ -129,4 +129,8 @@ at::Tensor fresh_like(const at::Tensor& tensor, at::ScalarType dtype) {
                                            dtype);
 }
 
+at::Tensor fresh_flat(int64_t n, at::ScalarType dtype) {
+  return at::detail::empty_cpu({n}, dtype);
+}
+
 }  // namespace fastsn

@@ -1,8 +1,10 @@
-// What the Triton kernels ask of whole lists of tensors at every call, as fastsn/tensor_lists.py does in Python, where it
+// What the Triton kernels ask of the arguments of every call, as fastsn/tensor_lists.py does in Python, where it
 // takes longer than everything else that a call costs.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 
+#include <cstring>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -45,24 +47,54 @@ class Numbers {
   int64_t last_ = 0;
 };
 
-Numbers layouts, places;
+Numbers kinds, places;
+
+// How many words follow is in the first, so that different values never give the same ones.
+void describe(const c10::IValue& value, Words& words) {
+  if (value.isTensor()) {
+    const at::Tensor& x = value.toTensor();
+    const at::Device device = x.device();
+    const int64_t look[] = {x.dim(), static_cast<int64_t>(x.scalar_type()), static_cast<int64_t>(device.type()),
+                            static_cast<uint8_t>(device.index()), x.is_inference()};
+    int64_t word = 0;
+    for (const int64_t part : look) word = word << 8 | part;
+    words.push_back(word);
+    words.insert(words.end(), x.sizes().begin(), x.sizes().end());
+    words.insert(words.end(), x.strides().begin(), x.strides().end());
+  } else if (value.isDouble()) {
+    const double number = value.toDouble();
+    int64_t word;
+    std::memcpy(&word, &number, sizeof(word));
+    words.push_back(word);
+  } else {
+    words.push_back(value.isNone() ? -1 : value.toInt());
+  }
+}
 
 }  // namespace
 
-std::tuple<int64_t, int64_t> identify(at::TensorList tensors) {
-  thread_local Words layout, place;
-  layout.clear();
+void identify(const c10::OperatorHandle& op, c10::Stack* stack) {
+  thread_local Words kind, place;
+  kind.clear();
   place.clear();
-  for (const at::Tensor& x : tensors) {
-    const auto address = reinterpret_cast<int64_t>(x.data_ptr());
-    const at::Device device = x.device();
-    layout.insert(layout.end(), {x.dim(), static_cast<int64_t>(x.scalar_type()), static_cast<int64_t>(device.type()),
-                                 device.index(), address & 15, x.is_inference()});
-    layout.insert(layout.end(), x.sizes().begin(), x.sizes().end());
-    layout.insert(layout.end(), x.strides().begin(), x.strides().end());
-    place.push_back(address);
+  const size_t count = op.schema().arguments().size();
+  for (const c10::IValue& argument : torch::jit::last(*stack, count)) {
+    if (!argument.isList()) {
+      describe(argument, kind);
+      continue;
+    }
+    const c10::ArrayRef<c10::IValue> list = argument.toListRef();
+    kind.push_back(static_cast<int64_t>(list.size()));
+    for (const c10::IValue& value : list) {
+      describe(value, kind);
+      if (!value.isTensor()) continue;
+      const auto address = reinterpret_cast<int64_t>(value.toTensor().const_data_ptr());
+      kind.push_back(address & 15);
+      place.push_back(address);
+    }
   }
-  return {layouts.of(layout), places.of(place)};
+  torch::jit::drop(*stack, count);
+  torch::jit::push(*stack, kinds.of(kind), places.of(place));
 }
 
 std::tuple<std::vector<at::Tensor>, int64_t> allocate(at::TensorList like, at::IntArrayRef dtypes) {
@@ -71,7 +103,10 @@ std::tuple<std::vector<at::Tensor>, int64_t> allocate(at::TensorList like, at::I
   std::vector<at::Tensor> results;
   results.reserve(like.size());
   for (size_t i = 0; i < like.size(); ++i) {
-    results.push_back(at::empty_like(like[i], like[i].options().dtype(static_cast<at::ScalarType>(dtypes[i]))));
+    const at::Tensor& x = like[i];
+    const auto options = at::TensorOptions(static_cast<at::ScalarType>(dtypes[i])).device(x.device());
+    results.push_back(x.is_non_overlapping_and_dense() ? at::empty_strided(x.sizes(), x.strides(), options)
+                                                       : at::empty_like(x, options));
     place.push_back(reinterpret_cast<int64_t>(results[i].data_ptr()));
   }
   return {std::move(results), places.of(place)};

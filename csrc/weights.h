@@ -145,5 +145,7 @@ void narrowed(const at::Tensor& tensor, int64_t offset, int64_t n, const A* buff
 
 // An uninitialized tensor like this one (strides kept where it is dense) in memory of storage.cpp.
 at::Tensor fresh_like(const at::Tensor& tensor, at::ScalarType dtype);
+// One of n elements. torch.empty takes as long as the kernels of a small layer.
+at::Tensor fresh_flat(int64_t n, at::ScalarType dtype);
 
 }  // namespace fastsn

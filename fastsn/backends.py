@@ -55,18 +55,18 @@ def chosen(impl: str, weight: Tensor) -> str:
     """
     if impl == "reference":
         return impl
+    device = weight.device
     if impl == "auto":
-        kernels = "cpp" if weight.is_cpu else _DEVICES.get(weight.device.type)  # the usual ones are asked no further
+        kernels = _DEVICES.get(device.type)
         if kernels is None or weight.dtype not in _DTYPES[kernels] or transformed():
             return "reference"
         if kernels == "triton" and torch.version.hip is not None:
             return "reference"  # see fastsn/triton/shared.py, last_to_arrive
-        if _serves(kernels, 0 if weight.is_cpu else weight.device.index or 0):
+        if _serves(kernels, device.index or 0):
             return kernels
         if kernels == "cpp":
             _warn_once()
         return "reference"
-    device = weight.device
     available(impl)
     if _DEVICES.get(device.type) != impl:
         wanted = next(name for name, kernels in _DEVICES.items() if kernels == impl)

@@ -1,4 +1,4 @@
-"""What is asked of whole lists of tensors at every call of the Triton kernels. Where it has been built, C++
+"""What is asked of the arguments of every call of the Triton kernels. Where it has been built, C++
 (csrc/tensor_lists.cpp) does the same at a third of the cost."""
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ FLOAT32 = 6
 DTYPES = {5: torch.float16, FLOAT32: torch.float32, 15: torch.bfloat16}
 
 
-def identify(tensors: Sequence[Tensor]) -> tuple[Hashable, Hashable]:
-    """What tensors look like (shapes, strides, dtypes, devices, alignment to 16 bytes, whether they were made in
-    inference mode) and where they lie: two keys, each the same for the same and never for anything else. Raises
-    RuntimeError for a tensor without strides or storage."""
-    return _built("_identify", _identify)(tensors)  # type: ignore[no-any-return]
+def identify(op: str, arguments: Sequence[Any]) -> tuple[Hashable, Hashable]:
+    """What arguments of an op look like (its numbers; shapes, strides, dtypes, devices of tensors, whether they were
+    made in inference mode, alignment to 16 bytes of those in lists) and where the tensors of its lists lie: two keys,
+    each the same for the same and, among calls of this op, never for anything else. Raises RuntimeError for a tensor
+    without strides or storage."""
+    return _built(f"_identify_{op}", _identify)(*arguments)  # type: ignore[no-any-return]
 
 
 def allocate(like: Sequence[Tensor], dtypes: Sequence[int]) -> tuple[list[Tensor], Hashable]:
@@ -32,9 +33,15 @@ def addresses(*lists: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([x.data_ptr() for tensors in lists for x in tensors])
 
 
-def _identify(tensors: Sequence[Tensor]) -> tuple[Hashable, Hashable]:
-    found = [(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, x.is_inference()) for x in tensors]
-    return tuple(found), addresses(tensors)
+def _identify(*arguments: Any) -> tuple[Hashable, Hashable]:
+    lists = [x for x in arguments if isinstance(x, list | tuple)]
+    kind = [_look(x) for x in arguments if not isinstance(x, list | tuple)]
+    kind += [tuple([_look(x, isinstance(x, Tensor) and x.data_ptr() & 15) for x in each]) for each in lists]
+    return tuple(kind), addresses(*[each for each in lists if each and isinstance(each[0], Tensor)])
+
+
+def _look(x: Any, alignment: int = 0) -> Hashable:
+    return (x.shape, x.stride(), x.dtype, x.device, x.is_inference(), alignment) if isinstance(x, Tensor) else x
 
 
 def _allocate(like: Sequence[Tensor], dtypes: Sequence[int]) -> tuple[list[Tensor], Hashable]:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 
 import fastsn
-from dispatched import Counted
+from dispatched import Counted, needs_kernels
 from fastsn import plan
 from fastsn.layers import NormalizedLayer
 from fastsn.norm import changes
@@ -47,13 +47,20 @@ class Weights(nn.Module):
         self.plain.other = nn.Parameter(torch.randn(3, 5))
         self.doubled = fastsn.spectral_norm(nn.Linear(5, 4), variant="bsn")
         parametrize.register_parametrization(self.doubled, "weight", Doubled())
-        self.behind = nn.Linear(4, 5)
-        parametrize.register_parametrization(self.behind, "weight", Doubled())
-        fastsn.spectral_norm(self.behind)
         self.list = nn.ModuleList([fastsn.SNLinear(4, 4), nn.Sequential(fastsn.SSNLinear(4, 4, scale=0.7))])
 
     def forward(self) -> list[Tensor]:
         return weights_of(self)
+
+
+class AlsoBehind(Weights):
+    """A weight has to be asked for, each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind = nn.Linear(4, 5)
+        parametrize.register_parametrization(self.behind, "weight", Doubled())
+        fastsn.spectral_norm(self.behind)
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
@@ -198,7 +205,7 @@ CHANGES: dict[str, Callable[[Weights], object]] = {
     "weight shared": _tie,
     "parametrization before": lambda m: parametrize.register_parametrization(m.list[0], "weight", Doubled()),
     "parametrization behind": lambda m: parametrize.register_parametrization(m.dropin, "weight", Doubled()),
-    "parametrizations swapped": lambda m: _swap_chain(m.behind.parametrizations.weight),
+    "parametrizations behind another swapped": lambda m: _swap_chain(m.behind.parametrizations.weight),
     "parametrization removed": lambda m: parametrize.remove_parametrizations(m.doubled, "weight"),
     "norm on another": _stack,
     "norm on another tensor": lambda m: fastsn.spectral_norm(m.plain, "other"),
@@ -232,7 +239,7 @@ def _swap_chain(chain: parametrize.ParametrizationList) -> None:
 @pytest.mark.parametrize("scope", ["step", "fuse"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_step_after_a_change_is_right_and_so_is_the_one_after_it_is_undone(change, scope, found):
-    model = used(scope)
+    model = used(scope, AlsoBehind if "behind another" in change else Weights)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     CHANGES[change](model)
     for _ in range(2):
@@ -330,6 +337,28 @@ def test_the_context_of_each_step_counts(first, second, scope):
         assert_right(model, scope, CONTEXTS[context])
 
 
+@pytest.mark.parametrize("first", ["off", "bfloat16", "float16", "cached in bfloat16", "no_grad"])
+@pytest.mark.parametrize("second", ["off", "bfloat16", "float16", "cached in bfloat16"])
+def test_in_every_context_all_weights_are_normalized_together(first, second):
+    """Not once more when they are used."""
+    model = Weights()
+    del model.doubled  # which torch's cache would take from one step to the next
+    for context in (first, second, first):
+        with CONTEXTS[context](), Counted() as counted, fastsn.step(model):
+            weights_of(model)
+        assert counted.names == ["power_iteration_", "rescale"]
+
+
+def test_kernels_that_are_asked_for_are_refused_in_transforms_of_a_used_model():
+    needs_kernels()
+    model = used("fuse", lambda: Weights().float())
+    for norm in (module for module in model.modules() if isinstance(module, fastsn.SpectralNorm)):
+        norm.impl = "cpp" if DEVICE == "cpu" else "triton"
+    train(model, "fuse")
+    with pytest.raises(RuntimeError, match=r"does not work inside torch\.func transforms"):
+        torch.func.grad(lambda x: x * model()[0].sum())(torch.ones(()))
+
+
 @pytest.mark.parametrize("scope", ["step", "fuse"])
 def test_functional_call(scope):
     class Around(nn.Module):
@@ -405,7 +434,7 @@ def copied_by_saving(model: nn.Module) -> nn.Module:
 def without_parametrizations() -> nn.Module:
     """Which torch does not pickle."""
     model = Weights()
-    del model.dropin, model.doubled, model.behind
+    del model.dropin, model.doubled
     return model
 
 
@@ -482,7 +511,9 @@ def test_a_model_that_is_a_layer(layer):
     assert_right(model, "step")
 
 
-@pytest.mark.parametrize("make", [*LAYERS.values(), Weights, lambda: nn.Sequential(*(x() for x in LAYERS.values()))])
+@pytest.mark.parametrize(
+    "make", [*LAYERS.values(), Weights, AlsoBehind, lambda: nn.Sequential(*(x() for x in LAYERS.values()))]
+)
 def test_a_used_model_is_freed_as_soon_as_nobody_holds_it(make):
     gc.disable()
     try:

@@ -82,10 +82,12 @@ def test_the_calls_in_the_text_run():
     assert [x.parametrizations.weight[0].variant for x in (net_d, layer)] == ["bssn", "bssn"]
 
 
-def test_the_table_of_figures_is_the_result_files():
-    path = ROOT / re.search(r"\(`(bench/results/.*?\.json)`\)", README)[1]
-    text = report.table(json.loads(path.read_text()), path.relative_to(ROOT).as_posix())
-    assert report.with_table(README, text) == README
+@pytest.mark.parametrize(("part", "make"), [("", report.table), (" host cost", report.host_costs)])
+def test_the_tables_of_figures_are_those_of_the_result_files(part, make):
+    section = README[README.index(f"bench/report.py{part} begin") :]
+    path = ROOT / re.search(r"\(`(bench/results/.*?\.json)`\)", section)[1]
+    text = make(json.loads(path.read_text()), path.relative_to(ROOT).as_posix())
+    assert report.with_table(README, text, part) == README
 
 
 def test_the_table_of_versions_is_the_result_file():

@@ -4,6 +4,7 @@ are: a tensor that has changed under the same name is read as it is now."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ def _lists(request, monkeypatch):
     """Lists are gone through by C++, if it has been built, and by Python."""
     if request.param == "in Python":
         monkeypatch.setattr(tensor_lists, "_built", lambda _, otherwise: otherwise)
+
+
+def identified(tensors: list[Tensor]) -> tuple[Hashable, Hashable]:
+    """The keys of a call with these among its tensors."""
+    return tensor_lists.identify("power_iteration", (tensors, [], [], [0], [1], [0], 1))
 
 
 def assert_right(c: Call) -> None:
@@ -173,26 +179,38 @@ def test_lists_that_differ_in_anything_a_kernel_depends_on_have_different_keys()
         [made],
         [],
     ]
-    assert len({tensor_lists.identify(tensors)[0] for tensors in lists}) == len(lists)
+    assert len({identified(tensors)[0] for tensors in lists}) == len(lists)
     same = [[x[:6].view(2, 3)], [x[4:10].view(2, 3)], [torch.ones(2, 3)]]
-    found = [tensor_lists.identify(tensors) for tensors in same]
+    found = [identified(tensors) for tensors in same]
     assert len({layout for layout, _ in found}) == 1
     assert len({places for _, places in found}) == 3
 
 
+def test_calls_that_differ_in_a_number_or_in_which_list_a_tensor_is_in_have_different_keys():
+    x = torch.zeros(2, 3)
+    whole = [[x], [x], x[0], x[0], [0, 1], [1], [-1], [1.5], [6]]
+    changes = {0: [x, x], 1: [], 2: x[0, :2], 3: x[0].half(), 4: [0], 5: [2], 6: [0], 7: [1.25], 8: [5]}
+    calls = [whole, *([*whole[:i], other, *whole[i + 1 :]] for i, other in changes.items())]
+    calls.append([[x], [x], x[0], x[0], [0], [1, 1], [-1], [1.5], [6]])
+    assert len({tensor_lists.identify("rescale", each)[0] for each in calls}) == len(calls)
+    backward = [[x], None, [x], [], x[0], x[0], [0], [1], [-1], [1.5], [6]]
+    both = [backward, [[x], x[0], *backward[2:]]]
+    assert len({tensor_lists.identify("rescale_backward", each)[0] for each in both}) == 2
+
+
 def test_a_tensor_without_strides_has_no_key():
     with pytest.raises(RuntimeError):
-        tensor_lists.identify([torch.eye(3).to_sparse()])
+        identified([torch.eye(3).to_sparse()])
 
 
 def test_keys_of_lists_are_never_given_to_others():
     first = [torch.randn(2, 3), torch.randn(4)]
-    layout, places = tensor_lists.identify(first)
-    assert tensor_lists.identify(list(first)) == (layout, places)
+    layout, places = identified(first)
+    assert identified(list(first)) == (layout, places)
     others = [torch.randn(n) for n in range(1, 3000)]  # more than C++ remembers
-    found = [tensor_lists.identify([x]) for x in others]
+    found = [identified([x]) for x in others]
     assert len({key for key, _ in found} | {layout}) == len({key for _, key in found} | {places}) == 3000
-    assert tensor_lists.identify(first) in ((layout, places), tensor_lists.identify(first))
+    assert identified(first) in ((layout, places), identified(first))
 
 
 def test_threads_that_ask_at_once_get_keys_and_tables_of_their_own_lists(monkeypatch):
@@ -203,12 +221,15 @@ def test_threads_that_ask_at_once_get_keys_and_tables_of_their_own_lists(monkeyp
     wrong: list[object] = []
     start = threading.Barrier(4)
 
+    for tensors in 2 * lists:  # what is remembered of calls is not full while they ask
+        identified(tensors)
+
     def ask() -> None:
         start.wait()
         for _ in range(50):
             for tensors in lists:
-                layout, places = tensor_lists.identify(tensors)
-                again, _ = tensor_lists.identify([torch.empty_like(x) for x in tensors])
+                layout, places = identified(tensors)
+                again, _ = identified([torch.empty_like(x) for x in tensors])
                 table = tables.get(places, [tensors], at).tolist()
                 if table != [tensors[0].data_ptr(), 7, tensors[1].data_ptr()] or layout != again:
                     wrong.append(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -21,21 +21,20 @@ _prepared: dict[Any, Callable[..., Any]] = {}  # what serves them
 
 
 class Kernel(NamedTuple):
-    """Of an op: what checks its arguments, what serves the tensors that the kernel does not, how many of the arguments
-    are tensors or lists of them (they come first), and where among them the weights and the scales are."""
+    """Of an op: what checks its arguments, what serves the tensors that the kernel does not, and where among the
+    arguments the weights and the scales are."""
 
     check: Callable[..., Any]
     plain: Callable[..., Any]
-    tensors: int
     weights_at: int = 0
     scales_at: int | None = None
 
 
 KERNELS = {
-    "power_iteration": Kernel(checks.check_iteration, fallback.power_iteration, 3),
-    "power_iteration_": Kernel(checks.check_iteration, fallback.power_iteration_, 3),
-    "rescale": Kernel(checks.check_rescale, fallback.rescale, 4, scales_at=1),
-    "rescale_backward": Kernel(checks.check_backward, fallback.rescale_backward, 6, weights_at=2, scales_at=3),
+    "power_iteration": Kernel(checks.check_iteration, fallback.power_iteration),
+    "power_iteration_": Kernel(checks.check_iteration, fallback.power_iteration_),
+    "rescale": Kernel(checks.check_rescale, fallback.rescale, scales_at=1),
+    "rescale_backward": Kernel(checks.check_backward, fallback.rescale_backward, weights_at=2, scales_at=3),
 }
 
 
@@ -58,38 +57,20 @@ def implementation(name: str, served: Callable[[torch.device], bool]) -> Callabl
         if not weights or not served(weights[0].device):
             return kernel.plain(*arguments)
         try:
-            kind, places = _recognized(name, arguments, kernel.tensors)
+            kind, places = identify(name, arguments)
         except RuntimeError:  # no strides, or no storage
             kernel.check(*arguments)
             raise
         with _on(weights[0].device):
-            ready = _prepared.get(kind)
+            ready = _prepared.get((name, kind))
             if ready is None:
                 ready = _prepare(name, arguments)
                 if len(_prepared) >= _KNOWN:
                     _prepared.clear()
-                _prepared[kind] = ready
+                _prepared[name, kind] = ready
             return ready(places, *arguments)
 
     return run
-
-
-def _recognized(name: str, arguments: tuple[Any, ...], tensors: int) -> tuple[Hashable, Hashable]:
-    """All that it depends on how an op is run, and a key of where the tensors of its lists lie. The first ``tensors``
-    arguments are tensors or lists of them. Raises RuntimeError for a tensor without strides or storage."""
-    kind: list[Any] = [name]
-    listed: list[Tensor] = []
-    for argument in arguments[:tensors]:
-        if isinstance(argument, Tensor):
-            kind.append((argument.shape, argument.stride(), argument.dtype, argument.device))
-        elif argument is None:
-            kind.append(None)
-        else:
-            kind.append(len(argument))
-            listed += argument
-    layout, places = identify(listed)
-    kind += [layout, *(tuple(x) if isinstance(x, list) else x for x in arguments[tensors:])]
-    return tuple(kind), places
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -87,13 +87,12 @@ class Plan:
             passes = [[_ACCUMULATE if two else _FUSED for two in apart]]
             passes += [[_LOCAL if two else None for two in apart]] if any(apart) else []
         self.phases = [phase for modes in passes for phase in self._phases(modes)]
-        self.kinds = tuple(self._kinds.found)
         self.sent = [phase.sent(device) for phase in self.phases]
         self.tables = memory.Tables(self._numbers())
         # An option that only compilers for NVIDIA's GPUs have.
         at_most = {"maxnreg": settings.registers} if device.type == "cuda" and not torch.version.hip else {}
-        self.by_rows = {"KINDS": self.kinds, **at_most}
         self.options = {"FINISH": settings.finish, **settings.options(settings.warps)}
+        self.by_rows = {"KINDS": tuple(self._kinds.found), **at_most, **self.options}
 
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
@@ -164,7 +163,7 @@ class Plan:
                 arguments = (table, work.here(now), *shared, int(round_ == 0), int(store))
                 grid = (phase.programs,)
                 if phase.work[2] >= 0:  # by rows
-                    kernels.iterate[grid](*arguments, **self.by_rows, **self.options)
+                    kernels.iterate[grid](*arguments, **self.by_rows)
                 else:
                     kernels.reduce[grid](*arguments, **self.options)
         return sigma, vectors

@@ -157,8 +157,7 @@ class _Plan:
         device: torch.device,
         settings: Settings,
     ) -> None:
-        self.weights, self.numbers, self.scales, self.device = weights, numbers, scales, device
-        self.settings, self.options = settings, settings.options(settings.rescale_warps)
+        self.weights, self.numbers, self.scales, self.device, self.settings = weights, numbers, scales, device, settings
 
     def read(self, scales: Sequence[Tensor]) -> list[Tensor]:
         """Scales as the kernels read them."""
@@ -172,6 +171,15 @@ class _Plan:
         found: list[int | memory.Address] = []
         found += [memory.Address(tensor), a.stride, a.rows, a.b, a.k, memory.Address(result), sigma, views]
         return [*found, _bits(self.numbers.scale_factor[i]), scale, at]
+
+    def elementwise_options(self, kinds: Kinds) -> dict[str, Any]:
+        """Of a launch of elementwise kernels."""
+        return {
+            "KINDS": tuple(kinds.found),
+            "CHUNK": self.settings.chunk,
+            "STEP": self.settings.step,
+            **self.settings.options(self.settings.rescale_warps),
+        }
 
     def chunks(self, i: int) -> int:
         """Programs of the elementwise kernels."""
@@ -189,7 +197,8 @@ class _Forward(_Plan):
             kind = kinds.number((w.strided(), w.flat_width(), TYPES[w.dtype], TYPES[DTYPES[self.numbers.dtypes[i]]]))
             for chunk in range(self.chunks(i)):
                 work.add(i, chunk, kind)
-        self.work, self.programs, self.kinds = work.sent(self.device), work.programs, tuple(kinds.found)
+        self.work, self.programs = work.sent(self.device), work.programs
+        self.elementwise = self.elementwise_options(kinds)
         self.tables = memory.Tables(self._numbers())
 
     def _numbers(self) -> list[int | memory.Address]:
@@ -212,10 +221,7 @@ class _Forward(_Plan):
         results, place = allocate(weights, self.numbers.dtypes)
         table = self.tables.get((places, place), (weights, scales, results), now)
         mean = torch.empty(len(weights), dtype=torch.float32, device=self.device)
-        kernels.rescale[(self.programs,)](
-            table, self.work.here(now), sigma.contiguous(), mean,
-            KINDS=self.kinds, CHUNK=self.settings.chunk, STEP=self.settings.step, **self.options,
-        )  # fmt: skip
+        kernels.rescale[(self.programs,)](table, self.work.here(now), sigma.contiguous(), mean, **self.elementwise)
         return results, mean
 
 
@@ -254,10 +260,11 @@ class _Backward(_Plan):
             number = block_kinds.number((p, q, *t.kind(wide), TYPES[g.dtype], TYPES[DTYPES[numbers.dtypes[i]]]))
             for row in reversed(range(t.blocks)):
                 blocks.add(i, row, number)
-        self.launches = [
-            (launched.sent(device), launched.programs, tuple(kinds.found))
-            for launched, kinds in ((products, product_kinds), (blocks, block_kinds))
-        ]
+        self.products, self.many_products = products.sent(device), products.programs
+        self.blocks, self.many_blocks = blocks.sent(device), blocks.programs
+        self.elementwise = {**self.elementwise_options(product_kinds), "BC": _SETTLED}
+        options = settings.options(settings.rescale_warps)
+        self.by_rows = {"KINDS": tuple(block_kinds.found), "BL": _SCALED, **options}
         self.tables = memory.Tables(self._numbers())
 
     def _views(self, i: int) -> tuple[bool, bool]:
@@ -289,25 +296,22 @@ class _Backward(_Plan):
         vectors: Tensor,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Launch. ``places``: a key of where gradients, bases and scales lie."""
-        now, settings, count = memory.now(self.device), self.settings, len(bases)
+        now, count = memory.now(self.device), len(bases)
         memory.keep(self, now)
         results, place = allocate((*bases, *scales), self.dtypes)
         table = self.tables.get((places, place), (gradients, bases, scales, results), now)
-        (products, many_products, product_kinds), (blocks, many_blocks, block_kinds) = self.launches
         # Both aligned, whatever the list: the JIT compiles anew for an argument that is not.
         dots = torch.empty(self.total_chunks, dtype=torch.float32, device=self.device)
         coefficients = torch.empty(3 * count, dtype=torch.float32, device=self.device)
         sigma, vectors = sigma.contiguous(), vectors.contiguous()
         given = sigma if grad_sigma is None else grad_sigma.contiguous()
-        kernels.inner_products[(many_products,)](
-            table, products.here(now), sigma, given, int(grad_sigma is not None), dots, coefficients,
-            memory.counters(count, now),
-            KINDS=product_kinds, CHUNK=settings.chunk, STEP=settings.step, BC=_SETTLED, **self.options,
+        kernels.inner_products[(self.many_products,)](
+            table, self.products.here(now), sigma, given, int(grad_sigma is not None), dots, coefficients,
+            memory.counters(count, now), **self.elementwise,
         )  # fmt: skip
-        kernels.gradient[(many_blocks,)](
-            table, blocks.here(now), coefficients, vectors, count, self.scales,
-            KINDS=block_kinds, BL=_SCALED, **self.options,
-        )  # fmt: skip
+        kernels.gradient[(self.many_blocks,)](
+            table, self.blocks.here(now), coefficients, vectors, count, self.scales, **self.by_rows
+        )
         return results[:count], results[count:]
 
 
