@@ -324,6 +324,30 @@ def test_a_step_that_is_interrupted_as_it_begins_leaves_nothing_behind(scope):
     assert [norm.cached for norm in norms] == [[]] * 4
 
 
+@pytest.mark.parametrize("scope", ["step", "fuse"])
+def test_a_step_that_is_interrupted_as_it_ends_has_ended(scope):
+    """A fused forward at the latest when the next one begins."""
+
+    class Interrupted(list):
+        def remove(self, each: object) -> None:
+            super().remove(each)
+            norms[1].cached = list(self)
+            raise KeyboardInterrupt
+
+    net, x = nn.Sequential(*(fastsn.SNLinear(4, 4) for _ in range(3))), torch.ones(1, 4)
+    norms = [layer.spectral_norm for layer in net]
+    norms[1].cached = Interrupted()
+    if scope == "step":
+        with pytest.raises(KeyboardInterrupt), fastsn.step(net):
+            pass
+    else:
+        fastsn.fuse(net)
+        with pytest.raises(KeyboardInterrupt):
+            net(x)
+        net(x)
+    assert [norm.cached for norm in norms] == [[]] * 3
+
+
 def test_a_step_can_be_entered_once():
     layer = fastsn.SNLinear(40, 30)
     step = fastsn.step(layer)

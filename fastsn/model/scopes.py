@@ -63,7 +63,11 @@ class step:
 
     def __exit__(self, *_: object) -> None:
         assert self._release is not None
-        self._release()
+        try:
+            self._release()
+        except KeyboardInterrupt:  # in the middle of it
+            self._release()
+            raise
 
 
 def fuse(model: Module) -> Module:
