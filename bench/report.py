@@ -87,7 +87,8 @@ def host_costs(result: dict[str, Any], name: str) -> str:
     layers = list(dict.fromkeys(x["layers"] for x in figures))
     rows: dict[str, list[str]] = {}
     for x in figures:
-        cell = f"{_short(x['cost_us'])} ({x['times_less_than_torch_SN_eager']:.1f}x less)"
+        less = x["times_less_than_torch_SN_eager"]
+        cell = _short(x["cost_us"]) + (f" ({less:.1f}x less)" if less != 1 else "")
         rows.setdefault(x["contestant"], []).append(cell)
     rows["floor"] = [_short(next(x["floor_us"] for x in figures if x["layers"] == n)) for n in layers]
     lines = [["µs above a network without norms", *(f"{n} layers" for n in layers)], ["---"] * (len(layers) + 1)]
