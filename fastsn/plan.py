@@ -62,9 +62,9 @@ def groups(model: nn.Module) -> Sequence[Group]:
 
     Raises TypeError or ValueError for a model without norms of fastsn and for weights that cannot be normalized.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(model, nn.Module):
         return _groups(_weights(model))
-    plan: _Plan | None = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
+    plan: _Plan | None = model.__dict__.get(_KEY)
     if plan is None or not plan.is_valid(model):
         try:
             plan = _Plan(model)

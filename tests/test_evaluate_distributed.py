@@ -8,6 +8,7 @@ from PIL import Image
 import evaluation_jobs as jobs
 from gan.metrics import protocols
 from small_evaluations import IMAGES, Tiny, evaluator, small
+from tiny_runs import threads
 
 BSN = small("bsn", fakes=20, kid=True)  # 20 fakes for the score, 20 others for the distances, 30 reals
 
@@ -21,7 +22,8 @@ BSN = small("bsn", fakes=20, kid=True)  # 20 fakes for the score, 20 others for 
 )
 def test_scores_of_two_ranks_are_those_of_one(two, tmp_path, monkeypatch, batch_size, asked, seen):
     monkeypatch.setattr(protocols, "KID_SUBSET_SIZE", 15)
-    expected = evaluator(tmp_path / "one", BSN, network=Tiny(), batch_size=batch_size)(jobs.fakes)
+    with threads(1):  # as the ranks have
+        expected = evaluator(tmp_path / "one", BSN, network=Tiny(), batch_size=batch_size)(jobs.fakes)
     first, second = two(jobs.scored, tmp_path / "two", BSN, batch_size)
     assert first["found"] == second["found"]
     for found in first["found"]:
@@ -75,7 +77,8 @@ def test_the_digit_classifier_is_trained_by_the_first_rank_for_all(two, tmp_path
 
 @pytest.mark.parametrize(("batch_size", "seen"), [(5, (24 + 21, 16 + 15)), (40, (40 + 36, 40 + 36))])
 def test_intra_fid_of_two_ranks_is_that_of_one(two, tmp_path, batch_size, seen):
-    expected, _ = jobs.intra(0, tmp_path, batch_size, None)
+    with threads(1):  # as the ranks have
+        expected, _ = jobs.intra(0, tmp_path, batch_size, None)
     (first, saw), (second, saw_too) = two(jobs.intra, tmp_path, batch_size, None)
     assert first == second
     assert [row[:3] for row in first] == [(0, 10, 12), (1, 14, 12), (2, 16, 12)]
