@@ -45,11 +45,11 @@ TRAININGS = {
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_two_ranks_are_one_process(two, tmp_path, name):
-    """Weights, u, v, statistics, optimizers and losses, after 8 steps in float64."""
+    """Weights, u, v, statistics, optimizers and losses, after 20 steps in float64."""
     changes, classes = TRAININGS[name]
-    (losses, first), (_, second) = two(jobs.stepped, changes, classes, tmp_path / "two", 8)
+    (losses, first), (_, second) = two(jobs.stepped, changes, classes, tmp_path / "two", 20)
     assert first == second
-    expected, _ = jobs.stepped(0, changes, classes, tmp_path / "one", 8)
+    expected, _ = jobs.stepped(0, changes, classes, tmp_path / "one", 20)
     assert losses == pytest.approx(expected, rel=1e-9, abs=1e-9)
     found, alone = (torch.load(tmp_path / which) for which in ("two", "one"))
     torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
