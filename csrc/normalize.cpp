@@ -1,13 +1,13 @@
 // Both ops in one call from Python, for lists that are used again and again: to turn them into lists of C++, and sigma
 // into a Python object, costs more than small weights do. The ops are called through the dispatcher, so that each
 // device, its gradients and those who watch see what they would see otherwise. Not for graphs: it says nothing of u, v.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "dispatch.h"
 #include "ops.h"
 
 namespace fastsn {
@@ -17,15 +17,10 @@ namespace {
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
 
-template <class Op>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
-}
-
-// A list whose tensors somebody else keeps: Python does, and must be able to free what refers to itself.
-class Kept {
+// Weak references: Python's batch owns the tensors. References from C++ would hide cycles from the garbage collector.
+class WeakTensors {
  public:
-  explicit Kept(at::TensorList tensors) {
+  explicit WeakTensors(at::TensorList tensors) {
     for (const Tensor& x : tensors) tensors_.emplace_back(x.getIntrusivePtr());
   }
 
@@ -34,7 +29,7 @@ class Kept {
     found.reserve(tensors_.size());
     for (const auto& x : tensors_) {
       auto locked = x.lock();
-      TORCH_CHECK(locked, "a batch must be forgotten before its tensors are freed");
+      TORCH_CHECK(locked, "the tensors of a batch must live as long as the batch");
       found.emplace_back(std::move(locked));
     }
     return found;
@@ -46,18 +41,18 @@ class Kept {
 
 // The arguments of the ops, see fastsn/ops/schema.py.
 struct Batch {
-  Kept weights, u, v, scales;
+  WeakTensors weights, u, v, scales;
   std::vector<int64_t> dims, view_masks, v_first, scale_index, dtypes;
   std::vector<double> scale_factor;
 };
 
-// Python holds a batch as a tensor whose memory it is.
+// A batch goes to Python as a CPU tensor whose data is the Batch: to free the tensor frees the batch.
 Tensor remember(at::TensorList weights, at::TensorList u, at::TensorList v, at::TensorList scales,
                 at::IntArrayRef dims, at::IntArrayRef view_masks, at::IntArrayRef v_first, at::IntArrayRef scale_index,
                 at::ArrayRef<double> scale_factor, at::IntArrayRef dtypes) {
-  auto* const batch = new Batch{Kept(weights),       Kept(u),           Kept(v),       Kept(scales),
-                                dims.vec(),          view_masks.vec(),  v_first.vec(), scale_index.vec(),
-                                dtypes.vec(),        scale_factor.vec()};
+  auto* const batch =
+      new Batch{WeakTensors(weights), WeakTensors(u), WeakTensors(v),    WeakTensors(scales), dims.vec(),
+                view_masks.vec(),     v_first.vec(),  scale_index.vec(), dtypes.vec(),        scale_factor.vec()};
   return at::from_blob(
       batch, {static_cast<int64_t>(sizeof(Batch))}, [](void* of) { delete static_cast<Batch*>(of); }, at::kByte);
 }

@@ -1,7 +1,6 @@
 // Registration only: the kernels for CPU tensors, and rescale's rule of differentiation in C++, because one that is
 // written in Python costs ten times as long as the kernels of a small layer; it serves the Triton kernels too. Schemas,
 // fakes and the rules for other devices and for the second order are in fastsn/ops/.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,6 +10,7 @@
 #include <cstring>
 #include <optional>
 
+#include "dispatch.h"
 #include "kernels.h"
 #include "ops.h"
 
@@ -23,11 +23,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using Ints = std::vector<int64_t>;
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 auto call_rescale(at::TensorList weights, at::TensorList scales, const Tensor& sigma, const Tensor& vectors,
                   at::IntArrayRef dims, at::IntArrayRef view_masks, at::IntArrayRef scale_index,
