@@ -49,6 +49,8 @@ class Numbers {
 
 Numbers kinds, places;
 
+int64_t address_of(const at::Tensor& x) { return reinterpret_cast<int64_t>(x.const_data_ptr()); }
+
 // How many words follow is in the first, so that different values never give the same ones.
 void describe(const c10::IValue& value, Words& words) {
   if (value.isTensor()) {
@@ -61,6 +63,7 @@ void describe(const c10::IValue& value, Words& words) {
     words.push_back(word);
     words.insert(words.end(), x.sizes().begin(), x.sizes().end());
     words.insert(words.end(), x.strides().begin(), x.strides().end());
+    words.push_back(address_of(x) & 15);
   } else if (value.isDouble()) {
     const double number = value.toDouble();
     int64_t word;
@@ -87,10 +90,7 @@ void identify(const c10::OperatorHandle& op, c10::Stack* stack) {
     kind.push_back(static_cast<int64_t>(list.size()));
     for (const c10::IValue& value : list) {
       describe(value, kind);
-      if (!value.isTensor()) continue;
-      const auto address = reinterpret_cast<int64_t>(value.toTensor().const_data_ptr());
-      kind.push_back(address & 15);
-      place.push_back(address);
+      if (value.isTensor()) place.push_back(address_of(value.toTensor()));
     }
   }
   torch::jit::drop(*stack, count);
@@ -107,7 +107,7 @@ std::tuple<std::vector<at::Tensor>, int64_t> allocate(at::TensorList like, at::I
     const auto options = at::TensorOptions(static_cast<at::ScalarType>(dtypes[i])).device(x.device());
     results.push_back(x.is_non_overlapping_and_dense() ? at::empty_strided(x.sizes(), x.strides(), options)
                                                        : at::empty_like(x, options));
-    place.push_back(reinterpret_cast<int64_t>(results[i].data_ptr()));
+    place.push_back(address_of(results[i]));
   }
   return {std::move(results), places.of(place)};
 }

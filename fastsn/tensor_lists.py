@@ -17,9 +17,9 @@ DTYPES = {5: torch.float16, FLOAT32: torch.float32, 15: torch.bfloat16}
 
 def identify(op: str, arguments: Sequence[Any]) -> tuple[Hashable, Hashable]:
     """Two hashable keys of the arguments of an op: of their layout (numbers; shapes, strides, dtypes and devices of
-    tensors, whether they are inference tensors, for those in lists their alignment to 16 bytes), and of the addresses
-    of the tensors in lists. Equal keys of one op mean equal layouts, or addresses. RuntimeError for a tensor without
-    strides or storage."""
+    tensors, whether they are inference tensors, their alignment to 16 bytes), and of the addresses of the tensors in
+    lists. Equal keys of one op mean equal layouts, or addresses. RuntimeError for a tensor without strides or storage.
+    """
     return _built(f"_identify_{op}", _identify)(*arguments)  # type: ignore[no-any-return]
 
 
@@ -36,12 +36,14 @@ def addresses(*lists: Sequence[Tensor]) -> tuple[int, ...]:
 def _identify(*arguments: Any) -> tuple[Hashable, Hashable]:
     lists = [x for x in arguments if isinstance(x, list | tuple)]
     kind = [_look(x) for x in arguments if not isinstance(x, list | tuple)]
-    kind += [tuple([_look(x, isinstance(x, Tensor) and x.data_ptr() & 15) for x in each]) for each in lists]
+    kind += [tuple([_look(x) for x in each]) for each in lists]
     return tuple(kind), addresses(*[each for each in lists if each and isinstance(each[0], Tensor)])
 
 
-def _look(x: Any, alignment: int = 0) -> Hashable:
-    return (x.shape, x.stride(), x.dtype, x.device, x.is_inference(), alignment) if isinstance(x, Tensor) else x
+def _look(x: Any) -> Hashable:
+    if not isinstance(x, Tensor):
+        return x  # type: ignore[no-any-return]
+    return x.shape, x.stride(), x.dtype, x.device, x.is_inference(), x.data_ptr() & 15
 
 
 def _allocate(like: Sequence[Tensor], dtypes: Sequence[int]) -> tuple[list[Tensor], Hashable]:

@@ -241,3 +241,52 @@ def test_threads_that_ask_at_once_get_keys_and_tables_of_their_own_lists(monkeyp
         thread.join()
     assert not wrong
     assert len(tables._known) <= 8
+
+
+def captured() -> memory.Now:
+    """Of a call whose launches go into a graph."""
+    return memory.Now(torch.device("cpu"), 0, True)
+
+
+@pytest.fixture
+def reserves(monkeypatch) -> dict[torch.device, memory.Reserve]:
+    """None there is at first, and they are smaller than usual."""
+    monkeypatch.setattr(memory, "_RESERVE", 256)
+    monkeypatch.setattr(memory, "_reserves", {})
+    return memory._reserves
+
+
+def test_tables_of_a_captured_call_are_on_the_device_when_it_is_recorded(reserves):
+    at, tensors = captured(), [torch.zeros(3), torch.zeros(4)]
+    tables = memory.Tables([memory.Address(0), 7, memory.Address(1)])
+    with pytest.raises(RuntimeError, match="a step must have run once, as it is, before it is captured"):
+        tables.get("first", [tensors], at)
+    memory.replenish(at.device)
+    assert list(reserves) == [at.device]
+    found = tables.get("first", [tensors], at)
+    assert found.tolist() == [tensors[0].data_ptr(), 7, tensors[1].data_ptr()]
+    assert tables.get("first", [tensors], at).data_ptr() == found.data_ptr()
+    other = tables.get("second", [tensors[::-1]], at)
+    assert other.tolist() == [tensors[1].data_ptr(), 7, tensors[0].data_ptr()]
+    assert found.tolist() == [tensors[0].data_ptr(), 7, tensors[1].data_ptr()]
+    assert all(x.data_ptr() % 16 == 0 for x in (found, other))
+
+
+def test_captured_calls_have_counters_of_their_own_and_eager_calls_replenish_the_reserve(reserves):
+    at = captured()
+    memory.replenish(at.device)
+    first = reserves[at.device]
+    counters = [memory.counters(5, at) for _ in range(5)]
+    for i, found in enumerate(counters):
+        assert len(found) >= 5
+        assert found.dtype == torch.int32
+        assert not found.any()
+        found += i + 1
+    assert [int(found[0]) for found in counters] == [1, 2, 3, 4, 5]
+    memory.replenish(at.device)
+    second = reserves[at.device]
+    assert second is not first
+    memory.replenish(at.device)
+    assert reserves[at.device] is second
+    with pytest.raises(RuntimeError, match="a step must have run once"):
+        memory.counters(600, at)

@@ -14,7 +14,7 @@ from fastsn.triton import memory
 from fastsn.triton import power_iteration as kernels
 from fastsn.triton.arrangement import arranged
 from fastsn.triton.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
-from fastsn.triton.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
+from fastsn.triton.plan import TYPES, Kernel, Kinds, Launch, Run, Weight, by_size, described, vector_places
 from fastsn.triton.settings import Settings, current
 
 _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
@@ -91,8 +91,9 @@ class Plan:
         self.tables = memory.Tables(self._numbers())
         # An option that only compilers for NVIDIA's GPUs have.
         at_most = {"maxnreg": settings.registers} if device.type == "cuda" and not torch.version.hip else {}
-        self.options = {"FINISH": settings.finish, **settings.options(settings.warps)}
-        self.by_rows = {"KINDS": tuple(self._kinds.found), **at_most, **self.options}
+        options = {"FINISH": settings.finish, **settings.options(settings.warps)}
+        self.iterate = Kernel(kernels, "iterate", {"KINDS": tuple(self._kinds.found), **at_most, **options})
+        self.reduce = Kernel(kernels, "reduce", options)
 
     def _place(self, i: int) -> list[int]:
         """Offsets of the vectors (p, x, q, z), of both sigmas and of the scratch; -1 where there is no such view."""
@@ -161,11 +162,8 @@ class Plan:
         for round_ in range(max(n, 1)):
             for phase, work in zip(self.phases, self.sent, strict=True):
                 arguments = (table, work.here(now), *shared, int(round_ == 0), int(store))
-                grid = (phase.programs,)
-                if phase.work[2] >= 0:  # by rows
-                    kernels.iterate[grid](*arguments, **self.by_rows)
-                else:
-                    kernels.reduce[grid](*arguments, **self.options)
+                kernel = self.iterate if phase.work[2] >= 0 else self.reduce
+                kernel.launch(phase.programs, *arguments)
         return sigma, vectors
 
 

@@ -1,25 +1,30 @@
 """Device memory that launches share: tables of addresses, and counters.
 
 While a CUDA graph is captured nothing may be allocated outside of its pool, copied from pageable memory or waited for,
-and what a graph has seen must stay where it is for as long as the graph lives.
+and what a graph has seen must stay where it is for as long as the graph lives. So graphs get theirs from a reserve,
+which eager calls have made.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
-_ARENA = 1 << 16  # int64 numbers of pinned memory for tables that are sent during captures
+_RESERVE = 1 << 16  # int64 numbers that captures can take before the next eager call
 _COUNTERS = 4096
 _TABLES = 64  # tables that a plan keeps; a network whose gradients come back to the same places needs one
+_SECONDS = 10.0  # within which a table must have arrived on the device
 
 _kept: list[Any] = []  # what graphs have seen
 _counters: dict[tuple[torch.device, int], Tensor] = {}
-_arena: list[Tensor] = []
+_reserves: dict[torch.device, Reserve] = {}
 
 
 class Now(NamedTuple):
@@ -34,7 +39,79 @@ def now(device: torch.device) -> Now:
     """For a call on the current stream."""
     if device.type != "cuda":
         return Now(device, 0, False)
-    return Now(device, torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing())
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing:
+        replenish(device)
+    return Now(device, driver.active.get_current_stream(device.index), capturing)  # torch's, without its objects
+
+
+class Reserve:
+    """Device memory for what captured launches read, which is never given to anybody else, and pinned memory to fill it
+    from. It begins as zeros.
+
+    What is taken during a capture is filled at once, by a stream that is not being captured: the graph has nothing to
+    copy when it runs. CUDA lets nobody wait for that stream meanwhile, so the numbers are followed by a mark, which
+    is copied back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+        self.memory = torch.zeros(_RESERVE, dtype=torch.int64, device=device)
+        self.staging = torch.empty(_RESERVE, dtype=torch.int64, device="cpu", pin_memory=self.gpu)
+        self.arrived = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=self.gpu)
+        self.used = self.marks = 0
+        self.lock = threading.Lock()
+        if self.gpu:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # for the zeros
+
+    def is_low(self) -> bool:
+        """Whether more than half of it has been taken."""
+        return 2 * self.used > _RESERVE
+
+    def take(self, count: int) -> slice:
+        """Where so many numbers, and a mark, may lie. RuntimeError if there is not as much left."""
+        with self.lock:
+            begin = self.used
+            self.used += -(-(count + 1) // 32) * 32  # parts begin at multiples of 256 bytes
+            if self.used > _RESERVE:
+                raise RuntimeError(_NOT_READY)
+            return slice(begin, begin + count + 1)
+
+    def sent(self, numbers: Tensor) -> Tensor:
+        """The numbers on the device, where they are already."""
+        part = self.take(numbers.numel())
+        place, staging = self.memory[part], self.staging[part]
+        with self.lock:
+            self.marks += 1
+            staging[:-1] = numbers
+            staging[-1] = self.marks
+            with torch.cuda.stream(self.stream) if self.gpu else nullcontext():
+                place.copy_(staging, non_blocking=True)
+                self.arrived.copy_(place[-1:], non_blocking=True)
+            end = time.monotonic() + _SECONDS
+            while int(self.arrived) != self.marks:
+                if time.monotonic() > end:
+                    raise RuntimeError(f"a table of addresses has not arrived on {place.device} in {_SECONDS:g} s")
+        return place[:-1]
+
+
+_NOT_READY = "a step must have run once, as it is, before it is captured into a CUDA graph"
+
+
+def replenish(device: torch.device) -> None:
+    """Have a reserve for captures to come."""
+    reserve = _reserves.get(device)
+    if reserve is None or reserve.is_low():
+        _kept.extend([reserve] if reserve else [])  # graphs read from it
+        _reserves[device] = Reserve(device)
+
+
+def _reserve(device: torch.device) -> Reserve:
+    found = _reserves.get(device)
+    if found is None:
+        raise RuntimeError(_NOT_READY)
+    return found
 
 
 class Sent:
@@ -42,9 +119,11 @@ class Sent:
 
     def __init__(self, host: Tensor, at: Now) -> None:
         self.tensor, self.stream, self.event = host, at.stream, None
-        if at.device.type == "cuda":
-            self.tensor = _captured(host, at.device) if at.capturing else _uploaded(host, at.device)
-            self.event = None if at.capturing else torch.cuda.current_stream(at.device).record_event()
+        if at.capturing:
+            self.tensor = _reserve(at.device).sent(host)
+        elif at.device.type == "cuda":
+            self.tensor = host.pin_memory().to(at.device, non_blocking=True)
+            self.event = torch.cuda.current_stream(at.device).record_event()
 
     def here(self, at: Now) -> Tensor:
         """For a launch. In a capture, nothing is left to wait for: the step has run before."""
@@ -53,22 +132,6 @@ class Sent:
             current.wait_event(self.event)
             self.tensor.record_stream(current)  # so that it is not freed while this launch reads it
         return self.tensor
-
-
-def _uploaded(host: Tensor, device: torch.device) -> Tensor:
-    if not _arena or _arena[0].numel() < _ARENA // 2:  # captures have taken from it, for as long as their graphs live
-        _kept.extend(_arena)
-        _arena[:] = [torch.empty(_ARENA, dtype=torch.int64, device="cpu", pin_memory=True)]
-    return host.pin_memory().to(device, non_blocking=True)
-
-
-def _captured(host: Tensor, device: torch.device) -> Tensor:
-    """The graph copies the numbers at every replay: this part of the pinned memory is never given to anybody else."""
-    if not _arena or _arena[0].numel() < host.numel():
-        raise RuntimeError("a step must have run once, as it is, before it is captured into a CUDA graph")
-    staging, _arena[0] = _arena[0][: host.numel()], _arena[0][host.numel() :]
-    _kept.append(staging)
-    return torch.empty_like(host, device=device).copy_(staging.copy_(host), non_blocking=True)
 
 
 class Address(NamedTuple):
@@ -93,8 +156,6 @@ class Tables:
         if table is None:
             where = host([0, *(x.data_ptr() for each in tensors for x in each)])
             table = Sent(self._numbers + where[self._tensors], at)
-            if at.capturing:  # lies in the graph's own memory, and is filled only when that runs
-                return table.tensor
             with self._lock:
                 self._known[places] = table
                 while len(self._known) > _TABLES:
@@ -105,9 +166,10 @@ class Tables:
 
 def counters(count: int, at: Now) -> Tensor:
     """At least ``count`` zeros, which every launch leaves as zeros: one set per stream, on which launches follow one
-    another."""
+    another, and for each captured launch one of its own."""
     if at.capturing:
-        return torch.zeros(count, dtype=torch.int32, device=at.device)
+        reserve = _reserve(at.device)
+        return reserve.memory[reserve.take(-(-count // 2))].view(torch.int32)
     found = _counters.get((at.device, at.stream))
     if found is None or found.numel() < count:
         found = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=at.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,31 @@ class Launch:
     def sent(self, device: torch.device) -> memory.Sent:
         """The work list on the device."""
         return memory.Sent(memory.host(self.work, torch.int32), memory.now(device))
+
+
+class Kernel:
+    """A Triton kernel with the constants of a plan.
+
+    The first launch goes through Triton's JIT. The ones that follow go to the program that it compiled, as Triton's
+    tutorial on fused softmax launches one: to find it again would take the JIT 10 to 25 µs. So arguments must be of the
+    types of the first launch, and tensors at multiples of 16 bytes, for which the JIT specializes.
+    """
+
+    def __init__(self, module: ModuleType, name: str, constants: dict[str, Any]) -> None:
+        self.module, self.name, self.constants = module, name, constants
+        self._values: tuple[Any, ...] = ()
+        self._compiled: Any = None
+
+    def launch(self, programs: int, *arguments: Any) -> None:
+        """So many programs."""
+        if self._compiled is not None:
+            self._compiled[programs, 1, 1](*arguments, *self._values)
+            return
+        kernel = getattr(self.module, self.name)
+        compiled = kernel[(programs,)](*arguments, **self.constants)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._values = tuple([self.constants[name] for name in kernel.arg_names[len(arguments) :]])
+            self._compiled = compiled
 
 
 def by_size(weights: Sequence[Weight]) -> list[int]:

@@ -15,7 +15,7 @@ from fastsn.tensor_lists import DTYPES, FLOAT32, addresses, allocate
 from fastsn.triton import memory
 from fastsn.triton import rescale as kernels
 from fastsn.triton.arrangement import arranged, arrangement
-from fastsn.triton.plan import TYPES, Kinds, Launch, Run, Weight, by_size, described, vector_places
+from fastsn.triton.plan import TYPES, Kernel, Kinds, Launch, Run, Weight, by_size, described, vector_places
 from fastsn.triton.settings import Settings, current, vector_width
 
 _SETTLED = 1024  # chunks whose sums are added at a time
@@ -198,7 +198,7 @@ class _Forward(_Plan):
             for chunk in range(self.chunks(i)):
                 work.add(i, chunk, kind)
         self.work, self.programs = work.sent(self.device), work.programs
-        self.elementwise = self.elementwise_options(kinds)
+        self.rescale = Kernel(kernels, "rescale", self.elementwise_options(kinds))
         self.tables = memory.Tables(self._numbers())
 
     def _numbers(self) -> list[int | memory.Address]:
@@ -221,7 +221,7 @@ class _Forward(_Plan):
         results, place = allocate(weights, self.numbers.dtypes)
         table = self.tables.get((places, place), (weights, scales, results), now)
         mean = torch.empty(len(weights), dtype=torch.float32, device=self.device)
-        kernels.rescale[(self.programs,)](table, self.work.here(now), sigma.contiguous(), mean, **self.elementwise)
+        self.rescale.launch(self.programs, table, self.work.here(now), sigma.contiguous(), mean)
         return results, mean
 
 
@@ -262,9 +262,10 @@ class _Backward(_Plan):
                 blocks.add(i, row, number)
         self.products, self.many_products = products.sent(device), products.programs
         self.blocks, self.many_blocks = blocks.sent(device), blocks.programs
-        self.elementwise = {**self.elementwise_options(product_kinds), "BC": _SETTLED}
+        elementwise = {**self.elementwise_options(product_kinds), "BC": _SETTLED}
+        self.inner_products = Kernel(kernels, "inner_products", elementwise)
         options = settings.options(settings.rescale_warps)
-        self.by_rows = {"KINDS": tuple(block_kinds.found), "BL": _SCALED, **options}
+        self.gradient = Kernel(kernels, "gradient", {"KINDS": tuple(block_kinds.found), "BL": _SCALED, **options})
         self.tables = memory.Tables(self._numbers())
 
     def _views(self, i: int) -> tuple[bool, bool]:
@@ -305,13 +306,12 @@ class _Backward(_Plan):
         coefficients = torch.empty(3 * count, dtype=torch.float32, device=self.device)
         sigma, vectors = sigma.contiguous(), vectors.contiguous()
         given = sigma if grad_sigma is None else grad_sigma.contiguous()
-        kernels.inner_products[(self.many_products,)](
-            table, self.products.here(now), sigma, given, int(grad_sigma is not None), dots, coefficients,
-            memory.counters(count, now), **self.elementwise,
-        )  # fmt: skip
-        kernels.gradient[(self.many_blocks,)](
-            table, self.blocks.here(now), coefficients, vectors, count, self.scales, **self.by_rows
+        self.inner_products.launch(
+            self.many_products,
+            *(table, self.products.here(now), sigma, given, int(grad_sigma is not None), dots, coefficients),
+            memory.counters(count, now),
         )
+        self.gradient.launch(self.many_blocks, table, self.blocks.here(now), coefficients, vectors, count, self.scales)
         return results[:count], results[count:]
 
 
