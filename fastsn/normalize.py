@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -220,15 +221,21 @@ _BATCH: dict[str, type[Batch]] = {"reference": ReferenceBatch, "cpp": KernelBatc
 
 
 def batches(specs: Sequence[WeightSpec]) -> list[tuple[Batch, list[int]]]:
-    """``specs`` in as few batches as possible, each with the indices of its weights in ``specs``."""
+    """``specs`` in as few batches as possible, each with the indices of its weights in ``specs``.
+
+    Weights that share a norm are in different ones: a GPU would read and write its vectors at once.
+    """
     kinds: dict[Any, Any] = {}
     groups: dict[Any, list[int]] = {}
+    uses: Counter[tuple[int, ...]] = Counter()
     for i, spec in enumerate(specs):
         kind = (spec.impl, spec.weight.device, spec.weight.dtype)
         if kind not in kinds:
             kinds[kind] = (chosen(spec.impl, spec.weight), spec.weight.device, reference.wide(spec.weight.dtype))
-        groups.setdefault(kinds[kind], []).append(i)
-    return [(_BATCH[impl]([specs[i] for i in positions]), positions) for (impl, _, _), positions in groups.items()]
+        vectors = tuple([id(u) for u, _ in spec.vectors.values()])
+        groups.setdefault((*kinds[kind], uses[vectors]), []).append(i)
+        uses[vectors] += 1
+    return [(_BATCH[impl]([specs[i] for i in positions]), positions) for (impl, *_), positions in groups.items()]
 
 
 def batch(spec: WeightSpec) -> Batch:

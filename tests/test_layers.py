@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import statistics
 from fractions import Fraction
 
 import numpy as np
@@ -102,11 +103,14 @@ def test_the_parameter_stays_weight_and_init_works_on_it():
 
 def test_reset_parameters_brings_the_vectors_of_both_views_along():
     layer = fastsn.warm_up(fastsn.BSNConv2d(3, 8, 3), 500)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    layer.reset_parameters()
-    assert all(not torch.equal(before[name], value) for name, value in layer.state_dict().items())
-    found, true = fastsn.sigmas(layer)[""], truth(layer.weight, 0)
-    assert (found.sigma_out, found.sigma_in) == pytest.approx((true["out"], true["in"]), rel=0.05)
+    errors = []
+    for _ in range(5):  # of which one may have two largest singular values that are near to one another
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        layer.reset_parameters()
+        assert all(not torch.equal(before[name], value) for name, value in layer.state_dict().items())
+        found, true = fastsn.sigmas(layer)[""], truth(layer.weight, 0)
+        errors.append(max(abs(found.sigma_out / true["out"] - 1), abs(found.sigma_in / true["in"] - 1)))
+    assert statistics.median(errors) < 0.05
 
 
 def test_a_learnable_scale_is_shared_learnt_and_multiplies_the_bias():
@@ -233,7 +237,7 @@ def test_repr_tells_the_variant_and_the_scale():
 
 
 def test_repr_says_which_implementation_computes():
-    kernels = "cpp" if fastsn.backends()["cpp"].available else "reference"
+    kernels = "triton" if ON == "cuda" else "cpp" if fastsn.backends()["cpp"].available else "reference"
     for dtype, impl in ((torch.float32, kernels), (torch.bfloat16, kernels), (torch.complex64, "reference")):
         layer = fastsn.SNLinear(3, 4, dtype=dtype)
         assert f"impl={impl!r}" in repr(layer).splitlines()[1]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastsn
+from conftest import ON
 from fastsn import ops, reference
 from op_calls import alternating, call, table
 from shapes import DTYPES, drawn, laid_out
@@ -352,13 +355,15 @@ def test_random_layers_of_one_model_in_one_call_equal_each_alone():
     c = call(weights, dims, v_first=alternating(len(weights)))
     sigma, vectors = c.iterate(2)
     outputs, mean = c.rescale(sigma, vectors)
+    # To the bit, but for a GPU's compiler: the kernel for a list has code for all of its weights, and rounds otherwise.
+    same = partial(torch.testing.assert_close, rtol=1e-6 if ON == "cuda" else 0, atol=0)
     for i, w in enumerate(weights):
         alone = call([w], c.dims[i : i + 1], v_first=c.v_first[i])
         alone.u, alone.v = c.u[2 * i : 2 * i + 2], c.v[2 * i : 2 * i + 2]
         s, x = alone.iterate(2)
         (output,), _ = alone.rescale(s, x)
-        assert torch.equal(s, sigma[2 * i : 2 * i + 2])
-        assert torch.equal(output, outputs[i])
+        same(s, sigma[2 * i : 2 * i + 2])
+        same(output, outputs[i])
     assert mean.shape == (len(weights),)
 
 
@@ -371,6 +376,7 @@ def test_a_model_in_a_step_costs_as_many_calls_as_a_layer():
                 y = model(x) + model(x)
             y.sum().backward()
         names = [event.name for event in profile.events() if event.name.startswith("fastsn::")]
+        names = [name for name in names if not name.startswith("fastsn::_")]  # what Triton's kernels ask of lists
         if fastsn.backends()["cpp"].available:
             assert sorted(set(names)) == ["fastsn::power_iteration_", "fastsn::rescale", "fastsn::rescale_backward"]
             assert names.count("fastsn::power_iteration_") == 1

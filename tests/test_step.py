@@ -380,3 +380,16 @@ def test_stacked_parametrizations_and_steps():
     with fastsn.step(layer, advance=False):
         torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight, 2), torch.tensor(1.0))
     assert moved(before, layer) == set()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_weights_that_share_a_norm_iterate_its_vectors_one_after_the_other(impl):
+    net = nn.Sequential(*(fastsn.BSSNConv2d(3, 3, 3, impl=impl) for _ in range(3)))
+    net[2].spectral_norm = net[0].spectral_norm
+    alone = copy.deepcopy(net)
+    with fastsn.step(net):
+        pass
+    for layer in alone:
+        layer.normalized()
+    for ours, theirs in zip(net.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

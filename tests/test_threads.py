@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastsn
+from conftest import ON
 from fastsn import weight_cache
 from networks import batch, moved, network, replica, state
 from regions import Run, far_from_converged, plain, recorded
@@ -34,11 +35,12 @@ def _threads_change_all_the_time() -> Iterator[None]:
 
 def at_once(*jobs: Callable[[], Any]) -> list[Any]:
     """What each gives, in a thread of its own; all begin together."""
-    begin = Barrier(len(jobs))
+    begin, device = Barrier(len(jobs)), torch.get_default_device()  # a thread has a default device of its own
 
     def work(job: Callable[[], Any]) -> Any:
         begin.wait(PATIENCE)
-        return job()
+        with device if ON == "cuda" else nullcontext():
+            return job()
 
     with ThreadPoolExecutor(len(jobs)) as threads:
         return [done.result() for done in [threads.submit(work, job) for job in jobs]]
