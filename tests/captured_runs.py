@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "an average": ({"ema": 0.75, "batch_norm_in_d_steps": False}, 0),
     "learning rates that fall": ({"decay_from": 2}, 0),
     "forwards that iterate": ({"u_schedule": "per_forward", "gamma": "different", "n_dis": 2}, 0),
+    "channels last": ({"channels_last": True, "norm": "bsn"}, 0),
     "a batch of G's own": ({"batch_size_g": 12, "z_of_g": "fresh", "loss": "standard"}, 0),
 }
 STEPS = 10

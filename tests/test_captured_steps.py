@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,33 @@ def test_a_run_may_go_on_with_and_without_a_graph(captured, tmp_path):
     for optimizer in (parts[1].optimizer_g, parts[1].optimizer_d):
         (group,) = optimizer.param_groups
         assert isinstance(group["lr"], Tensor) == bool(group["fused"]) == group["capturable"] == captured[1]
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """Scalars of every step, without times and memory."""
+    lines = [json.loads(line) for line in (folder / "scalars.jsonl").read_text().splitlines()]
+    return [{k: x for k, x in line.items() if not k.startswith(("time", "memory", "images", "wall"))} for line in lines]
+
+
+@pytest.mark.usefixtures("_in_float64")
+def test_what_a_run_looks_at_between_replays_is_that_of_the_step(tmp_path, monkeypatch):
+    """Scalars, slopes, gradients, variances and sigmas; samples, which are drawn from the average; checkpoints."""
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
+    every = {"log_every": 1, "sample_every": 2, "checkpoint_every": 4, "eval_every": 0, "device": "cpu"}
+    changes = {"norm": "bssn", "ema": 0.75, "log_gradients": True, "log_variances": True, "runs": tmp_path, **every}
+    config = configured(changes)
+    store = memory_store("noise", images)
+    loop.train(config, store, resume=False)
+    monkeypatch.setattr(loop, "Training", lambda config, _, classes, *__: training_with(Replayed, config, classes)[0])
+    replayed = dataclasses.replace(config, name="replayed")
+    loop.train(replayed, store, resume=False)
+    expected, found = logged(config.folder), logged(replayed.folder)
+    assert len(found) == STEPS
+    assert {tag.split("/")[0] for tag in found[-1]} >= {"loss", "D", "slope", "gradient", "variance"}
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-6, abs=1e-9)
+    states = [checkpoint.newest(x.folder / "checkpoint")["average"] for x in (replayed, config)]
+    torch.testing.assert_close(*states, rtol=1e-7, atol=1e-9)
 
 
 def test_a_load_in_the_middle_captures_anew():

@@ -22,12 +22,12 @@ class Average(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move towards the network as it is now."""
-        averages, now = list(self.module.parameters()), list(model.parameters())
+        pairs = list(zip(self.module.buffers(), model.buffers(), strict=True))
         if self.n_averaged == 0:
-            for own, parameter in zip(averages, now, strict=True):
-                own.copy_(parameter)
+            pairs += zip(self.module.parameters(), model.parameters(), strict=True)
         else:
             assert self.multi_avg_fn is not None
-            self.multi_avg_fn(averages, now, 0)  # an exponential average does not depend on the count
-        for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(buffer)
+            # An exponential average does not depend on the count.
+            self.multi_avg_fn(list(self.module.parameters()), list(model.parameters()), 0)
+        for own, x in pairs:
+            own.copy_(x)
