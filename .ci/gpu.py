@@ -96,8 +96,8 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
             *prepare,
             Step("tests on the GPU", 150, [*workers, *on_the_gpu], device),
             Step("device times", None, [*times, "--out", str(out / "device_times.json")]),
-            Step("waits of training", 20, [*pytest, "tests/test_training_step_waits.py"]),
-            Step("stress", 75, [*stress, "2", "--weights", weights] if rehearse else [*stress, "3000"]),
+            Step("waits of training", 35, [*workers, "tests/test_training_step_waits.py", "tests/test_cuda_graph.py"]),
+            Step("stress", 60, [*stress, "2", "--weights", weights] if rehearse else [*stress, "3000"]),
             Step("ncu", 60, [*ncu, *times, "--once"]),
         ],
         2: [

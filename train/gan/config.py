@@ -142,6 +142,9 @@ class Runtime:
     """Steps between checks that all processes hold the same weights, u and v."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA device if there is one, under torchrun the one of the process's local rank."""
+    cuda_graph: bool = False
+    """Whether a step of both networks is captured into a CUDA graph and replayed: Python then asks for one launch and
+    not for each kernel. On one GPU, without compile; weights differ by rounding."""
     resident_gb: float = 4.0
     """Data sets up to this size are kept on the device."""
     workers: int = 8
@@ -226,6 +229,7 @@ class Config(Numbers, Runtime):
             "fresh where G's batch is of another size or comes first",
             self.z_of_g,
         )
+        _require(not (self.cuda_graph and self.compile), "cuda_graph", "False with compile", self.cuda_graph)
         parts = Path(self.name).parts
         below = bool(parts) and ".." not in parts and not Path(self.name).is_absolute()
         _require(below, "name", "a folder name below runs", self.name)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gan import checkpoint, probes, run
+from gan.captured import graph_for
 from gan.config import Config
 from gan.data import picks
 from gan.data.batches import Batches
@@ -42,7 +43,8 @@ def train(config: Config, store: Store, resume: bool) -> None:
         device = pick_device(config.device)
         check_data(config, store)
         check_ranks(config, here.size)
-        training = Training(config, store.channels, store.classes, device)
+        graph = graph_for(config, device, here.size)
+        training = Training(config, store.channels, store.classes, device, graph)
     evaluator = None
     if config.eval_every:  # before the folder is claimed: what cannot be scored as it is asked for leaves none
         evaluator = Evaluator(store, config.protocol, device, config.inception_weights, config.runs, BATCH)

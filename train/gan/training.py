@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gan import models, norms, streams
+from gan import models, norms, optimizers, streams
+from gan.average import Average
+from gan.captured import CapturedStep, Graph, Scalars
 from gan.config import Numbers
 from gan.data.images import dequantized, to_float
-from gan.devices import sent, tf32
+from gan.devices import tf32
 from gan.distributed import ranks
+from gan.draws import Drawn, Draws, OfDiscriminator, OfGenerator
 from gan.losses import LOSSES, gradient_penalty
 from gan.phases import Phases
 
@@ -24,29 +26,37 @@ class Training:
 
     Under several ranks each has its part of every batch, and gradients, and statistics of batch norms, are averaged:
     all ranks hold the same. u and v are not communicated, since equal weights give equal ones.
+
+    ``graph``: captures what the device does in a step; None: Python asks for it every time.
     """
 
-    def __init__(self, config: Numbers, channels: int, classes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Numbers,
+        channels: int,
+        classes: int,
+        device: torch.device,
+        graph: Callable[[torch.device], Graph] | None = None,
+    ) -> None:
         self.config, self.classes, self.device, self.step = config, classes, device, 0
         self.ranks, self.phases = ranks(), Phases(device)
+        self._draws = Draws(config, classes, device, self.ranks, self.phases)
         generator, discriminator = models.build(config, channels, classes)
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.generator = generator.to(device, memory_format=self._format)
         self.discriminator = discriminator.to(device, memory_format=self._format)
         self.norm, self.loss = norms.Norm(config, self.discriminator), LOSSES[config.loss]
         betas = (config.beta1, config.beta2)
-        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=betas)
-        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), lr=config.lr_d, betas=betas)
+        self.optimizer_g = optimizers.adam(self.generator, config.lr_g, betas, captured=graph is not None)
+        self.optimizer_d = optimizers.adam(self.discriminator, config.lr_d, betas, captured=graph is not None)
         self._parts: dict[str, Any] = {
             "generator": self.generator,
             "discriminator": self.discriminator,
             "optimizer_g": self.optimizer_g,
             "optimizer_d": self.optimizer_d,
         }
-        self.average: nn.Module | None = None
-        if config.ema:
-            self.average = AveragedModel(self.generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-            self.average.n_averaged = torch.tensor(0)  # on the CPU: Python asks for its value at every step
+        self.average = Average(self.generator, config.ema) if config.ema else None
+        if self.average is not None:
             self._parts["average"] = self.average
         self._g = torch.compile(self.generator) if "generator" in config.compiled else self.generator
         self._d = torch.compile(self.discriminator) if "discriminator" in config.compiled else self.discriminator
@@ -56,6 +66,11 @@ class Training:
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             for x in (module.running_mean, module.running_var)
         ]
+        self._graph = graph
+        self._captured = self._not_yet_captured()
+
+    def _not_yet_captured(self) -> CapturedStep | None:
+        return None if self._graph is None else CapturedStep(self._carry_out, self._graph(self.device))
 
     def state(self) -> dict[str, Any]:
         """A checkpoint; u and v are buffers of the discriminator."""
@@ -65,11 +80,15 @@ class Training:
         """Continue from a checkpoint. Raises ValueError for one of other networks."""
         try:
             for name, part in self._parts.items():
-                part.load_state_dict(state[name])
+                if isinstance(part, torch.optim.Adam):
+                    optimizers.load(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
             self.step = state["step"]
         except (KeyError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())
             raise ValueError(f"resume: expected a checkpoint of this run's networks, got another: {said}") from error
+        self._captured = self._not_yet_captured()  # states of optimizers are elsewhere now
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What every rank must hold the same of: parameters, u and v, statistics."""
@@ -83,58 +102,45 @@ class Training:
         """The generator whose images are scored and shown: the average where there is one."""
         return self.generator if self.average is None else self.average.module
 
-    def advance(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    def advance(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> Scalars:
         """One step, with n_dis batches of this rank's part: (uint8 images, labels or None). Scalars are of that part.
 
         Nothing waits for the device."""
         self._set_learning_rates()
-        scalars: dict[str, Tensor] = {}
-        with tf32(self.device, self.config.tf32):
-            if self.config.order == "g_first":
-                scalars["loss/g"] = self._generator_step(*self._fresh())
-            for i in range(self.config.n_dis):
-                with self.phases("data"):
-                    images, labels = next(batches)
-                z, fake_labels = self._draw("d", self.config.batch_size, i)
-                real = self._floats(images, i)
-                scalars |= self._discriminator_step(real, labels, z, fake_labels, i)
-            if self.config.order == "d_first":
-                again = (z, fake_labels) if self.config.z_of_g == "reused" else self._fresh()
-                scalars["loss/g"] = self._generator_step(*again)
-        self._average_over_ranks(self._statistics)
-        if isinstance(self.average, AveragedModel):
-            self.average.update_parameters(self.generator)
+        inputs = self._draws.of_step(self.step, batches)
+        if self._captured is None:
+            scalars = self._carry_out(inputs)
+        else:
+            drawn = list(inputs)
+            with self.phases.off():
+                scalars = self._captured(drawn)
         self.step += 1
+        if self.average is not None:
+            self.average.n_averaged.fill_(self.step)
         return scalars
 
-    def _draw(self, of: str, count: int, i: int = 0) -> tuple[Tensor, Tensor | None]:
-        """z and labels for this rank's fakes."""
-        seed, moment = self.config.seed, (self.step, i)
-        z = self._part(streams.normal(seed, f"z of {of}", (count, self.config.latent), *moment))
-        if not self.classes:
-            return z, None
-        return z, self._part(streams.labels(seed, f"labels of {of}", count, self.classes, *moment))
-
-    def _part(self, batch: Tensor) -> Tensor:
-        """This rank's, on the device."""
-        return sent(batch[self.ranks.share(len(batch))], self.device)
+    def _carry_out(self, inputs: Iterable[Drawn]) -> Scalars:
+        """What the device does in a step, of both networks in the order of their inputs."""
+        scalars: Scalars = {}
+        with tf32(self.device, self.config.tf32):
+            for given in inputs:
+                if isinstance(given, OfDiscriminator):
+                    scalars |= self._discriminator_step(given)
+                else:
+                    scalars["loss/g"] = self._generator_step(given)
+        self._average_over_ranks(self._statistics)
+        if self.average is not None:
+            self.average.update_parameters(self.generator)
+        return scalars
 
     def _average_over_ranks(self, tensors: Iterable[Tensor | None]) -> None:
         with self.phases("reduction"):
             self.ranks.mean_(x for x in tensors if x is not None)
 
-    def _floats(self, images: Tensor, i: int) -> Tensor:
-        """Real images as the discriminator sees them. Noise is drawn image by image: a rank draws its own only."""
-        if not self.config.dequantize:
-            return to_float(images).contiguous(memory_format=self._format)
-        first = self.ranks.share(self.config.batch_size).start
-        moments = [(self.step, i, number) for number in range(first, first + len(images))]
-        noise = [streams.uniform(self.config.seed, "dequantization", images.shape[1:], *m) for m in moments]
-        floats = dequantized(images, sent(torch.stack(noise), self.device))
+    def _floats(self, images: Tensor, noise: Tensor | None) -> Tensor:
+        """Real images as the discriminator sees them."""
+        floats = to_float(images) if noise is None else dequantized(images, noise)
         return floats.contiguous(memory_format=self._format)
-
-    def _fresh(self) -> tuple[Tensor, Tensor | None]:
-        return self._draw("g", self.config.batch_size_g or self.config.batch_size)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -150,20 +156,17 @@ class Training:
             images: Tensor = self._g(z, labels)
         return _wide(images)
 
-    def _discriminator_step(
-        self, real: Tensor, labels: Tensor | None, z: Tensor, fake_labels: Tensor | None, i: int
-    ) -> dict[str, Tensor]:
+    def _discriminator_step(self, given: OfDiscriminator) -> Scalars:
+        real, labels, fake_labels = self._floats(given.images, given.noise), given.labels, given.fake_labels
         moving = contextlib.nullcontext() if self.config.batch_norm_in_d_steps else _batch_norm_stays(self.generator)
         with torch.no_grad(), moving, self.phases("generator"):
-            fake = self._fakes(z, fake_labels)
+            fake = self._fakes(given.z, fake_labels)
         with self.phases("discriminator"), self.norm.during_a_step():
             on_real, on_fake = self._scores(real, labels), self._scores(fake, fake_labels)
             loss = self.loss.d(on_real, on_fake)
             scalars = {"loss/d": loss.detach(), "D/real": on_real.detach().mean(), "D/fake": on_fake.detach().mean()}
-            if self.config.gradient_penalty:
-                shape = (self.config.batch_size, 1, 1, 1)
-                alpha = self._part(streams.uniform(self.config.seed, "penalty", shape, self.step, i))
-                penalty = gradient_penalty(lambda x: self._scores(x, labels), real, fake, alpha)
+            if given.alpha is not None:
+                penalty = gradient_penalty(lambda x: self._scores(x, labels), real, fake, given.alpha)
                 scalars["loss/penalty"] = penalty.detach()
                 loss = loss + self.config.gradient_penalty * penalty
             orthonormal = self.norm.penalty()
@@ -179,10 +182,10 @@ class Training:
         self.last = real, labels, fake, fake_labels
         return scalars
 
-    def _generator_step(self, z: Tensor, labels: Tensor | None) -> Tensor:
+    def _generator_step(self, given: OfGenerator) -> Tensor:
         self.discriminator.requires_grad_(False)
         with self.phases("generator"), self.norm.during_a_step():
-            loss = self.loss.g(self._scores(self._fakes(z, labels), labels))
+            loss = self.loss.g(self._scores(self._fakes(*given), given.labels))
             self.optimizer_g.zero_grad()
             loss.backward()
         self._average_over_ranks(p.grad for p in self.generator.parameters())
@@ -196,8 +199,7 @@ class Training:
         begin, end = self.config.decay_from, self.config.steps
         factor = min(1.0, (end - self.step) / (end - begin)) if begin >= 0 else 1.0
         for optimizer, rate in ((self.optimizer_g, self.config.lr_g), (self.optimizer_d, self.config.lr_d)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+            optimizers.set_rate(optimizer, rate * factor)
 
     @torch.no_grad()
     def images(self, purpose: str, first: int, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gan.captured import EAGER_STEPS, graph_for
 from gan.devices import pick_device
 from gan.outputs import read_metrics
 from gan.sweep import slurm, state
@@ -80,7 +81,7 @@ def plan(entries: int, runs: Sequence[Run], slots: int, measure: bool, device: s
 
 def _key(run: Run) -> str:
     fields: dict[str, Any] = {k: v for k, v in run.config.identity().items() if k not in _AS_QUICK}
-    return json.dumps([run.recipe, fields], sort_keys=True)
+    return json.dumps([run.recipe, fields, run.config.cuda_graph], sort_keys=True)
 
 
 def _measured(runs: Sequence[Run]) -> dict[str, float]:
@@ -93,11 +94,11 @@ def _measured(runs: Sequence[Run]) -> dict[str, float]:
     return {key: statistics.median(values) for key, values in found.items()}
 
 
-def _timed(run: Run, device: str, warm_up: int = 2, count: int = 3) -> float:
+def _timed(run: Run, device: str, warm_up: int = EAGER_STEPS + 1, count: int = 3) -> float:
     """Seconds a step, of random images."""
     config, place = run.config, pick_device("cuda" if device.startswith("cuda") else device)
     channels, classes = (1 if run.data is None else 3), (1000 if config.conditional != "none" else 0)
-    training = Training(config, channels, classes, place)
+    training = Training(config, channels, classes, place, graph_for(config, place, 1))
     shape = (config.batch_size, channels, config.image_size, config.image_size)
     images = torch.randint(256, shape, dtype=torch.uint8, device=place)
     labels = torch.zeros(config.batch_size, dtype=torch.int64, device=place) if classes else None
