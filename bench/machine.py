@@ -19,6 +19,7 @@ import fastsn
 def write(out: Path, results: Any) -> None:
     """The results so far, whole at any moment, with machine, commit and date."""
     found = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d"), "results": results}
+    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1) + "\n")
     part.replace(out)

@@ -174,7 +174,6 @@ def main() -> None:
     methods = list(dict.fromkeys([FLOOR, *arguments.methods]))
     found = {"floor": FLOOR, **changes, "rounds": arguments.rounds}
     found["methods"] = compared(methods, arguments.rounds, **changes)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write(arguments.out, found)
     print(json.dumps(found, indent=1))
 

@@ -100,10 +100,12 @@ def _failed(error: Exception) -> Figures:
     return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
 
 
-def steps_of(group: Group, setting: Setting, seconds: float) -> list[Figures]:
+def steps_of(
+    group: Group, setting: Setting, seconds: float, make: Callable[[str, str, Setting], Step] = prepared
+) -> list[Figures]:
     """A row for each contestant."""
     setting = setting._replace(**VARIANTS[group.variant])
-    makers = {name: partial(prepared, name, group.mode, setting) for name in group.contestants}
+    makers = {name: partial(make, name, group.mode, setting) for name in group.contestants}
     found, times = compared(makers, seconds)
     added = {
         name: 1e3 * statistics.median(a - b for a, b in zip(times[name], times[PLAIN], strict=True))

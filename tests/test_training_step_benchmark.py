@@ -13,7 +13,7 @@ import torch
 
 from conftest import ON
 
-pytestmark = pytest.mark.skipif(ON == "cuda", reason="for machines without a GPU")
+pytestmark = pytest.mark.skipif(ON == "cuda" or torch.cuda.is_available(), reason="for machines without a GPU")
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch", "2", "--width", "4", "--seconds", "0"]
