@@ -182,7 +182,8 @@ def prepared(name: str, mode: str, setting: Setting) -> Loss:
         step()
     if mode != "eager":
         parameters, vectors = list(train.model.parameters()), list(train.model.buffers())
-        check_same(step, train.update, parameters, vectors, train.optimizer_state())
+        tolerance = {} if mode == "captured" else {"of_losses": 1e-2, "of_parameters": 0.3}  # other convolutions, TF32
+        check_same(step, train.update, parameters, vectors, train.optimizer_state(), **tolerance)
     check_norms(train)
     return step
 
@@ -202,11 +203,17 @@ def check_norms(train: TrainingStep) -> None:
 
 @torch.no_grad()
 def check_same(
-    step: Loss, expected: Loss, parameters: Sequence[Tensor], vectors: Sequence[Tensor], rest: Sequence[Tensor] = ()
+    step: Loss,
+    expected: Loss,
+    parameters: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    rest: Sequence[Tensor] = (),
+    of_losses: float = 1e-3,
+    of_parameters: float = 0.1,
 ) -> None:
-    """Three steps from the same state return the same losses to 1e-3, and move parameters and vectors alike.
+    """Three steps from the same state return the same losses, and move parameters and vectors alike.
 
-    By the distance of the states they end in, to a tenth of the distance from the first: Adam's first steps are of one
+    By the distance of the states they end in, in parts of the distance from the first: Adam's first steps are of one
     size whatever the gradient's, and make more of a last bit than any tolerance of single numbers. The vectors start
     turned away from where they are, so that an iteration that is skipped, or done twice, shows.
     """
@@ -222,11 +229,12 @@ def check_same(
             losses.append(torch.stack([run().clone() for _ in range(COMPARED)]))
         ends.append([x.clone() for x in state])
     assert bool(losses[1].isfinite().all()), "the loss is not finite"
-    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*losses, rtol=of_losses, atol=1e-4)
     n = len(parameters)
-    for what, part in (("parameters", slice(n)), ("vectors", slice(n, n + len(vectors)))):
+    parts = ("parameters", slice(n), of_parameters), ("vectors", slice(n, n + len(vectors)), 0.1)
+    for what, part, tolerance in parts:
         off, moved = _distance(ends[0][part], ends[1][part]), _distance(start[part], ends[1][part])
-        assert off <= 0.1 * moved, f"{what} are off by {off:.1e} after steps that move them by {moved:.1e}"
+        assert off <= tolerance * moved, f"{what} are off by {off:.1e} after steps that move them by {moved:.1e}"
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
