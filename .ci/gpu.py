@@ -1,8 +1,8 @@
 """Everything there is to know of a GPU, in three parts of nine minutes at most. Nothing is installed.
 
 python .ci/gpu.py 1      # does it work, how fast: tests on the GPU, device time of every kernel, races
-python .ci/gpu.py 2      # what users see: the contestants, a training step
-python .ci/gpu.py 3      # compute-sanitizer, the tests on the CPU of its machine
+python .ci/gpu.py 2      # what users see: a training step, the contestants
+python .ci/gpu.py 3      # a step of ImageNet, compute-sanitizer, the tests on the CPU of its machine
 python .ci/gpu.py 1 2 3 --rehearse      # without a GPU, in Triton's interpreter: a little of each, to see that it runs
 
 A part leaves one log of all its steps, and what they have measured, in --out. A step that fails does not keep the
@@ -75,14 +75,16 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     raw, suite = str(out / "raw.json"), str(out / "suite.json")
     # One that is interrupted has not used its fixture, which is no error.
     quiet = ["-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"]
-    bench = [f"bench/test_{name}.py" for name in ("normalization", "training_step", "growth")]
+    bench = [f"bench/test_{name}.py" for name in ("normalization", "growth")]
     weights = "the table"
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", f"regex:{KERNELS}"]
     ncu += [*(f"--section={name}" for name in SECTIONS), "--log-file", str(out / "ncu.txt")]
+    training = [python, "bench/training_step.py", "--out", str(out / "training_step.json")]
     imagenet = [python, "bench/imagenet_step.py", "--out", str(out / "imagenet_step.json")]
     methods = [python, "bench/normalization_cost.py", "--out", str(out / "normalization_cost.json")]
     if rehearse:  # without the tools of CUDA
+        training += ["--batch", "2", "--width", "4", "--seconds", "0.1"]
         imagenet += ["--presets", "bsn", "--width", "0.01", "--image-size", "32", "--rounds", "1"]
         methods += ["--methods", "sn", "--width", "0.02", "--batch-size", "4", "--n-dis", "1", "--rounds", "1"]
         sanitizer, ncu, weights = [], [], "two weights"
@@ -102,7 +104,7 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
         ],
         2: [
             *prepare,
-            Step("a step of ImageNet", 150, imagenet),
+            Step("training steps", 130, training),
             Step("a step by every method", 60, methods),
             Step("training share", 60, [python, "bench/training_share.py", "--out", str(out / "training_share.json")]),
             Step(
@@ -114,6 +116,7 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
         ],
         3: [
             *prepare,
+            Step("a step of ImageNet", 150, imagenet),
             # An allocation of its own for every tensor: what lies past the end of one is then nobody's.
             Step(
                 "sanitizer",

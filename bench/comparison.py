@@ -45,18 +45,18 @@ def _field(
     return {}, [torch.randn_like(layer.weight) for layer in plain], gate.true_norms(plain), plain
 
 
-def _ready(workload: Workload, name: str) -> Ready:
+def ready(workload: Workload, name: str) -> Ready:
     """Raises AssertionError, every time it is asked, if the contestant computes something wrong."""
-    ready, gradients, norms, plain = _field(workload)
-    if name not in ready:
+    known, gradients, norms, plain = _field(workload)
+    if name not in known:
         contestant = CONTESTANTS[name]
         layers, forward = contestant.prepare(plain)
         try:
             gate.check(contestant, layers, forward, gradients, norms)
-            ready[name] = Ready(layers, forward)
+            known[name] = Ready(layers, forward)
         except AssertionError as error:
-            ready[name] = error
-    found = ready[name]
+            known[name] = error
+    found = known[name]
     if isinstance(found, AssertionError):
         raise found
     return found
@@ -64,7 +64,7 @@ def _ready(workload: Workload, name: str) -> Ready:
 
 def step(workload: Workload, case: str, name: str) -> Step:
     """What is timed."""
-    layers, forward = _ready(workload, name)
+    layers, forward = ready(workload, name)
     layers.train(case != "evaluation")
     if case != "forward_and_backward":
         return torch.no_grad()(forward) if case == "evaluation" else forward

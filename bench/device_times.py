@@ -13,7 +13,6 @@ times say nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -29,7 +28,7 @@ import torch
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before Triton is imported
 
 import triton
-from machine import commit, machine
+from machine import write
 from measure import DEVICE, Step, seconds
 from workloads import CIFAR10, WORKLOADS, Workload, build, conv2d
 
@@ -239,10 +238,7 @@ def measure_all(out: Path) -> None:
             found = []  # too many registers, too much shared memory
             print(f"{case}: cannot be launched here: {str(error)[:200]}", flush=True)
         rows += [{k: _short(v) for k, v in row.items()} for row in found]
-        result = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
-        whole = out.with_suffix(".part")
-        whole.write_text(json.dumps({**result, "results": {"ceilings": limits, "device_times": rows}}, indent=1) + "\n")
-        whole.replace(out)
+        write(out, {"ceilings": limits, "device_times": rows})
         if found:
             said = [f"{x['name']} {x['us']:.1f} µs {x['GB_per_s']:.0f} GB/s" for x in found]
             print(f"{case}: {', '.join(said)}", flush=True)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastsn
+
+
+def write(out: Path, results: Any) -> None:
+    """The results so far, whole at any moment, with machine, commit and date."""
+    found = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d"), "results": results}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(out)
 
 
 def machine() -> dict[str, Any]:
@@ -36,6 +48,7 @@ def machine() -> dict[str, Any]:
     return found
 
 
+@lru_cache
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -26,6 +26,18 @@ def seconds(step: Step, clock: Clock = time.perf_counter) -> float:
     return clock() - start
 
 
+def host_seconds(step: Step, times: int = 7) -> float:
+    """Until a step returns, with nothing left to do on the GPU before it and without waiting for it: the median."""
+
+    def once() -> float:
+        _synchronize()
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    return statistics.median(once() for _ in range(times))
+
+
 def interleaved(
     steps: Mapping[str, Step], budget: float, least: int = 3, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:

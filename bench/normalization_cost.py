@@ -14,7 +14,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
-from machine import commit, machine
+from machine import write
 from measure import DEVICE, seconds
 
 from gan.config import Config
@@ -175,9 +174,7 @@ def main() -> None:
     methods = list(dict.fromkeys([FLOOR, *arguments.methods]))
     found = {"floor": FLOOR, **changes, "rounds": arguments.rounds}
     found["methods"] = compared(methods, arguments.rounds, **changes)
-    result = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d"), "results": found}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, found)
     print(json.dumps(found, indent=1))
 
 

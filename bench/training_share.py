@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
-from machine import commit, machine
+from machine import write
 
 from gan import streams
 from gan.captured import EAGER_STEPS, CudaGraph
@@ -128,8 +128,7 @@ def main() -> None:
     rows = [{"contestant": name, "interleaved_median_ms": round(1e3 * x, 2)} for name, x in medians.items()]
     found = {"training_share": rows, **{name: round(x, 2) for name, x in shares.items()}, "rounds": arguments.rounds}
     found |= failed
-    result = {"machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d"), "results": found}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, found)
     print(json.dumps(found, indent=1))
 
 

@@ -36,9 +36,10 @@ def conv2d(i: int, o: int, kernel: int) -> Layer:
     return partial(nn.Conv2d, i, o, kernel, stride=2 if kernel == 4 else 1, padding=0 if kernel == 1 else 1)
 
 
-def sn_gan_convolutions() -> tuple[Layer, ...]:
-    shapes = ((3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3))
-    return tuple(conv2d(*shape) for shape in shapes)
+def sn_gan_convolutions(width: int = 64) -> tuple[Layer, ...]:
+    w = width
+    shapes = ((3, w, 3), (w, w, 4), (w, 2 * w, 3), (2 * w, 2 * w, 4), (2 * w, 4 * w, 3), (4 * w, 4 * w, 4))
+    return tuple(conv2d(*shape) for shape in (*shapes, (4 * w, 8 * w, 3)))
 
 
 def resnet_blocks() -> tuple[Layer, ...]:
@@ -47,12 +48,21 @@ def resnet_blocks() -> tuple[Layer, ...]:
     return tuple(layer for i, o in pairwise(widths) for layer in (conv2d(i, o, 3), conv2d(o, o, 3), conv2d(i, o, 1)))
 
 
+def cifar10_cnn(width: int = 64) -> tuple[Layer, ...]:
+    return *sn_gan_convolutions(width), partial(nn.Linear, 8 * width * 4 * 4, 1)
+
+
 CIFAR10 = Workload(
     "CIFAR10 CNN",
-    (*sn_gan_convolutions(), partial(nn.Linear, 512 * 4 * 4, 1)),
+    cifar10_cnn(),
     "SN-GAN's and BSSN's CNN discriminator: the network that every SN paper reports",
     compiled=True,
     seconds=8.0,
+)
+SMALL_CONVS = Workload(
+    "64 small convs",
+    (conv2d(64, 64, 3),) * 64,
+    "deep and narrow, 147 KB a layer: what is paid per layer",
 )
 WORKLOADS = (
     CIFAR10,
@@ -94,11 +104,7 @@ WORKLOADS = (
         "large matrices of a single view: bandwidth and nothing else",
         compiled=LONG,
     ),
-    Workload(
-        "64 small convs",
-        (conv2d(64, 64, 3),) * 64,
-        "deep and narrow, 147 KB a layer: what is paid per layer",
-    ),
+    SMALL_CONVS,
 )
 
 
