@@ -110,12 +110,16 @@ def microseconds(weights: list[Tensor], plain: nn.ModuleList) -> dict[str, float
 @contextmanager
 def places(new: bool) -> Iterator[None]:
     """Every call finds the first table that there is, or, with ``new``, none."""
-    get = memory.Tables.get
 
-    def found(tables: memory.Tables, where: object, *rest: Any) -> Tensor:
-        return get(tables, object() if new else next(iter(tables._known), where), *rest)
+    def patched(name: str) -> Any:
+        look_up = getattr(memory.Tables, name)
 
-    with mock.patch.object(memory.Tables, "get", found):
+        def found(tables: memory.Tables, where: object, *rest: Any) -> Tensor | None:
+            return look_up(tables, object() if new else next(iter(tables._known), where), *rest)
+
+        return mock.patch.object(memory.Tables, name, found)
+
+    with patched("get"), patched("known"):
         yield
 
 

@@ -1,8 +1,6 @@
 // The ops for CPU tensors, as register.cpp registers them; fastsn/ops/schema.py says what they take and give.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/stack.h>
 
 #include <optional>
 #include <tuple>
@@ -32,13 +30,5 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rescale_backward(
 
 // Gives the memory of results that nobody holds any more back to the system; returns how many bytes.
 int64_t release_memory();
-
-// For the Triton kernels. For arguments of any op: what its tensors look like (shapes, strides, dtypes, devices, whether
-// they were made in inference mode, alignment to 16 bytes of those in lists) and its numbers; and where the tensors of
-// its lists lie: two numbers, the same for the same and never for anything else, among calls of one op.
-void identify(const c10::OperatorHandle& op, c10::Stack* stack);
-
-// torch.empty_like of every tensor, in these dtypes, and the number of where they lie.
-std::tuple<std::vector<at::Tensor>, int64_t> allocate(at::TensorList like, at::IntArrayRef dtypes);
 
 }  // namespace fastsn

@@ -205,18 +205,6 @@ std::tuple<variable_list, Tensor> rescale_autograd(at::TensorList weights, at::T
 TORCH_LIBRARY_FRAGMENT(fastsn, m) {
   m.def("_instruction_set() -> str", [] { return std::string(fastsn::instruction_set()); });
   m.def("_release_memory() -> int", &fastsn::release_memory);
-  // The arguments of the ops, as in fastsn/ops/schema.py.
-  const std::string numbers = "int[] dims, int[] view_masks, int[] scale_index, float[] scale_factor, int[] dtypes";
-  const std::string iteration = "Tensor[] weights, Tensor[] u, Tensor[] v, int[] dims, int[] view_masks, int[] v_first, int n";
-  const std::string arguments[] = {
-      "power_iteration(" + iteration, "power_iteration_(" + iteration,
-      "rescale(Tensor[] weights, Tensor[] scales, Tensor sigma, Tensor vectors, " + numbers,
-      "rescale_backward(Tensor[] gradients, Tensor? grad_sigma, Tensor[] bases, Tensor[] scales, Tensor sigma, "
-      "Tensor vectors, " + numbers};
-  for (const std::string& each : arguments)
-    m.def(("_identify_" + each + ") -> (int, int)").c_str(),
-          torch::CppFunction::makeFromBoxedFunction<&fastsn::identify>());
-  m.def("_allocate(Tensor[] like, int[] dtypes) -> (Tensor[], int)", &fastsn::allocate);
 }
 
 TORCH_LIBRARY_IMPL(fastsn, CPU, m) {

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fastsn import tensor_lists
 from fastsn.ops import cuda as gpu
-from fastsn.triton import power_iteration, rescale, settings
+from fastsn.triton import plan, power_iteration, rescale, settings
 
 # Tiles so small that weights of a test have several blocks, columns, chunks and groups.
 SMALL = settings.Settings(
@@ -100,7 +101,7 @@ def launches_replaced() -> Iterator[None]:
         for module, names in launched.items():
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, _NoLaunch()))
-        stack.enter_context(_in_place(settings.DEFAULT, lambda run: run))
+        stack.enter_context(_in_place(settings.DEFAULT, lambda launch: launch))
         yield
 
 
@@ -113,22 +114,41 @@ class _NoLaunch:
 def _in_place(own: settings.Settings, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     before = settings._known.get(torch.device("cpu"))
     settings.use(own, torch.device("cpu"))
+    launch = around(plan.Kernel.launch)
+    served, launched = (
+        mock.patch.object(gpu, "_served", return_value=True),
+        mock.patch.object(plan.Kernel, "launch", launch),
+    )
+    try:
+        with served, launched, _called():
+            yield
+    finally:
+        settings.use(before or settings.DEFAULT, torch.device("cpu"))
+
+
+@contextmanager
+def _called() -> Iterator[None]:
+    """Calls for CPU tensors go the way of those for tensors of a GPU: through C++, if it has been built."""
     library = torch.library.Library("fastsn", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that C++ is overridden
-        for name in gpu.KERNELS:
-            library.impl(name, around(gpu.implementation(name, lambda _: True)), "CPU")
+        warnings.simplefilter("ignore")  # that kernels are overridden
+        if tensor_lists.are_built():
+            torch.ops.fastsn._take_cpu_calls(True)
+        else:
+            for name in gpu.KERNELS:
+                library.impl(name, gpu.implementation(name), "CPU")
     try:
         yield
     finally:
         library._destroy()
-        settings.use(before or settings.DEFAULT, torch.device("cpu"))
+        if tensor_lists.are_built():
+            torch.ops.fastsn._take_cpu_calls(False)
 
 
-def _quiet(run: Callable[..., Any]) -> Callable[..., Any]:
+def _quiet(launch: Callable[..., Any]) -> Callable[..., Any]:
     def quiet(*arguments: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of numpy: lanes that are not used, scalars that are arrays
-            return run(*arguments)
+            return launch(*arguments)
 
     return quiet

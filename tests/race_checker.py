@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from fastsn.ops import cuda as gpu
-from fastsn.triton import iteration_calls, memory, power_iteration, rescale, rescale_calls
+from fastsn.triton import iteration_calls, memory, power_iteration, rescale, rescale_plans
 
 BUILDER = interpreter.interpreter_builder
 KERNELS = {
@@ -72,15 +72,16 @@ class RaceChecker:
     def watching(self, order: str) -> Iterator[None]:
         """Tensors that launches are given from here on are known until the end."""
         gpu._prepared.clear()
-        for plan in (iteration_calls._plan, rescale_calls._forward_plan, rescale_calls._backward_plan):
+        for plan in (iteration_calls._plan, rescale_plans.forward_plan, rescale_plans.backward_plan):
             plan.cache_clear()  # plans know tables by addresses, whose tensors are gone
         memory._counters.clear()
         patches = [(type(BUILDER), f"create_masked_{name}", getattr(self, f"_{name}")) for name in ("load", "store")]
-        patches += [(type(BUILDER), "create_atomic_rmw", self._atomic), (iteration_calls.Plan, "run", self._run)]
+        patches += [(type(BUILDER), "create_atomic_rmw", self._atomic), (iteration_calls.Plan, "launch", self._launch)]
         patches += [(type(BUILDER), "set_grid_dim", self._grid(ORDERS[order]))]
         patches += [(type(BUILDER), "set_grid_idx", self._next_program)]
         patches += [(memory.Tables, "get", self._table)]
         with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(gpu, "_served", return_value=True))
             for owner, name, around in patches:
                 stack.enter_context(_patched(owner, name, around))
             for module, names in KERNELS.items():
@@ -135,7 +136,7 @@ class RaceChecker:
         self.know(*rest)
         return original(tables, places, *rest)
 
-    def _run(self, original: Callable[..., Any], plan: iteration_calls.Plan, *arguments: Any) -> Any:
+    def _launch(self, original: Callable[..., Any], plan: iteration_calls.Plan, *arguments: Any) -> Any:
         self._plan = plan
         return original(plan, *arguments)
 

@@ -20,7 +20,7 @@ from interpreted import SMALL
 from op_calls import alternating, call, larger, table
 from race_checker import ORDERS, RaceChecker
 
-OPS = {name: gpu.implementation(name, lambda _: True) for name in gpu.KERNELS}
+OPS = {name: gpu.implementation(name) for name in gpu.KERNELS}
 APART = replace(SMALL, last_tiles=0)  # sums of blocks are added up by a launch of their own
 
 

@@ -20,8 +20,9 @@ ORDER = """
     norm stored_vectors loading exporting weight_cache recomputation normalize ops ops.cuda ops.autograd
     ops.fallback ops.checks ops.schema backends origin checks interop.state_dict_layouts torch_private views
     variants reference
-    triton.launch triton.rescale_calls triton.iteration_calls triton.plan triton.memory triton.settings triton.rescale
-    triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement tensor_lists
+    triton.launch triton.rescale_calls triton.rescale_plans triton.iteration_calls triton.plan triton.memory
+    triton.settings triton.rescale triton.power_iteration triton.rows triton.finish triton.shared triton.arrangement
+    tensor_lists
     interop model triton
 """.split()  # noqa: SIM905 (a name per line would fill the screen)
 LEAVES = {"interop.state_dict_layouts", "torch_private", "origin", "tensor_lists", "views", "variants", "reference"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from fastsn.backends import triton
 from fastsn.ops import checks, fallback
 from fastsn.ops.schema import DTYPE_CODES, LIBRARY
-from fastsn.tensor_lists import identify
+from fastsn.tensor_lists import are_built, identify, repeatable
 
 _KNOWN = 1024  # kinds of calls that are remembered
 _ELEMENTS, _POSITIONS = 1 << 31, 2048  # beyond which the reference serves
-_prepared: dict[Any, Callable[..., Any]] = {}  # what serves them
+_prepared: dict[Any, Any] = {}  # what serves them: Prepared of fastsn/triton/plan.py
 
 
 class Kernel(NamedTuple):
@@ -30,6 +30,13 @@ class Kernel(NamedTuple):
     scales_at: int | None = None
 
 
+class _Plain(NamedTuple):
+    """In the place of a Prepared."""
+
+    run: Callable[..., Any]
+    again: None = None
+
+
 KERNELS = {
     "power_iteration": Kernel(checks.check_iteration, fallback.power_iteration),
     "power_iteration_": Kernel(checks.check_iteration, fallback.power_iteration_),
@@ -39,22 +46,27 @@ KERNELS = {
 
 
 def register() -> None:
-    """Called once, by the package."""
+    """Called once, by the package. Where C++ has been built, calls come there first (csrc/triton_calls.cpp)."""
+    if not are_built():
+        for name in KERNELS:
+            LIBRARY.impl(name, implementation(name), "CUDA")  # type: ignore[no-untyped-call]
+        return
     for name in KERNELS:
-        LIBRARY.impl(name, implementation(name, _served), "CUDA")  # type: ignore[no-untyped-call]
+        LIBRARY.impl(f"_run_{name}", implementation(name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl("_launch", _launch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _served(device: torch.device) -> bool:
     return device.type == "cuda" and triton(device.index).available
 
 
-def implementation(name: str, served: Callable[[torch.device], bool]) -> Callable[..., Any]:
-    """An op for the devices that ``served`` says: by its kernels, what has float64 in it by the reference."""
+def implementation(name: str) -> Callable[..., Any]:
+    """An op for tensors of any device: by its kernels where they serve, what has float64 in it by the reference."""
     kernel = KERNELS[name]
 
     def run(*arguments: Any) -> Any:
         weights = arguments[kernel.weights_at]
-        if not weights or not served(weights[0].device):
+        if not weights or not _served(weights[0].device):
             return kernel.plain(*arguments)
         try:
             kind, places = identify(name, arguments)
@@ -62,15 +74,33 @@ def implementation(name: str, served: Callable[[torch.device], bool]) -> Callabl
             kernel.check(*arguments)
             raise
         with _on(weights[0].device):
-            ready = _prepared.get((name, kind))
+            ready = _prepared.get(kind)
             if ready is None:
                 ready = _prepare(name, arguments)
                 if len(_prepared) >= _KNOWN:
                     _prepared.clear()
-                _prepared[name, kind] = ready
-            return ready(places, *arguments)
+                _prepared[kind] = ready
+                if ready.again is not None:
+                    repeatable(kind)
+            return ready.run(places, *arguments)
 
     return run
+
+
+def _launch(
+    kind: int,
+    places: int,
+    places_of_results: int,
+    sigma: Tensor | None,
+    vectors: Tensor | None,
+    grad_sigma: Tensor | None,
+) -> Sequence[Tensor] | None:
+    """What C++ asks for: a call as it was prepared, or None if it was not, or for other places."""
+    ready = _prepared.get(kind)
+    if ready is None or ready.again is None:
+        return None
+    with _on(ready.device):
+        return ready.again(places, places_of_results, sigma, vectors, grad_sigma)  # type: ignore[no-any-return]
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -80,7 +110,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+def _prepare(name: str, arguments: tuple[Any, ...]) -> Any:
     """What serves arguments like these, once they are known to be sound: a kernel would read whatever is there."""
     kernel = KERNELS[name]
     kernel.check(*arguments)
@@ -93,14 +123,14 @@ def _prepare(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
     wide = isinstance(arguments[-1], list | tuple) and DTYPE_CODES[torch.float64] in arguments[-1]
     wide = wide or any(x.dtype == torch.float64 for x in tensors)
     if wide or any(_too_large(w) for w in arguments[kernel.weights_at]):
-        return lambda _, *arguments: kernel.plain(*arguments)
+        return _Plain(lambda _, *arguments: kernel.plain(*arguments))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a step must have run once, as it is, before it is captured into a CUDA graph")
     launch = importlib.import_module("fastsn.triton.launch")
     on_change = importlib.import_module("fastsn.triton.settings").on_change
     if _prepared.clear not in on_change:
         on_change.append(_prepared.clear)
-    return launch.prepared(name, arguments)  # type: ignore[no-any-return]
+    return launch.prepared(name, arguments)
 
 
 def _too_large(weight: Tensor) -> bool:

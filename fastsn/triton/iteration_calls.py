@@ -14,7 +14,7 @@ from fastsn.triton import memory
 from fastsn.triton import power_iteration as kernels
 from fastsn.triton.arrangement import arranged
 from fastsn.triton.finish import ACCUMULATE, FUSED, LOCAL, MEASURE
-from fastsn.triton.plan import TYPES, Kernel, Kinds, Launch, Run, Weight, by_size, described, vector_places
+from fastsn.triton.plan import TYPES, Kernel, Kinds, Launch, Prepared, Weight, by_size, described, vector_places
 from fastsn.triton.settings import Settings, current
 
 _FUSED, _ACCUMULATE, _LOCAL, _MEASURE = (mode.value for mode in (FUSED, ACCUMULATE, LOCAL, MEASURE))
@@ -29,7 +29,7 @@ def prepared(
     view_masks: Sequence[int],
     v_first: Sequence[int],
     n: int,
-) -> Run:
+) -> Prepared:
     """What gives (sigma, vectors), as the op does, for lists of tensors like these; with ``store``, u and v are written
     in place."""
     placed = [described(w, dim) for w, dim in zip(weights, dims, strict=True)]
@@ -49,18 +49,25 @@ def prepared(
                 name = f"u[{made_in_inference_mode[0]}] or v[{made_in_inference_mode[0]}]"
                 raise RuntimeError(f"{name} was made in inference mode and cannot be updated outside of it")
             torch.autograd.graph.increment_version((*u, *v))
+        now = memory.now(device)
         if where_they_are:
-            return plan.run(places, weights, u, v, n, store)
+            return plan.launch(plan.tables.get(places, (weights, u, v), now), now, n, store)
         weights = [arranged(w, dim)[0] for w, dim in zip(weights, dims, strict=True)]
         own_u, own_v = [x.contiguous() for x in u], [x.contiguous() for x in v]
-        results = plan.run(addresses(weights, own_u, own_v), weights, own_u, own_v, n, store)
+        table = plan.tables.get(addresses(weights, own_u, own_v), (weights, own_u, own_v), now)
+        results = plan.launch(table, now, n, store)
         if store:
             for given, own in zip((*u, *v), (*own_u, *own_v), strict=True):
                 if own is not given:
                     given.copy_(own)
         return results
 
-    return run
+    def again(places: Hashable, *_: Any) -> tuple[Tensor, Tensor] | None:
+        now = memory.now(device)
+        table = plan.tables.known(places, now)
+        return None if table is None else plan.launch(table, now, n, store)
+
+    return Prepared(device, run, again if where_they_are and not (store and made_in_inference_mode) else None)
 
 
 class Plan:
@@ -142,23 +149,14 @@ class Plan:
             numbers += [*(rows[j] for j in order), *(classes[j] for j in order), *place[:6]]
         return numbers
 
-    def run(
-        self,
-        places: Hashable,
-        weights: Sequence[Tensor],
-        u: Sequence[Tensor],
-        v: Sequence[Tensor],
-        n: int,
-        store: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Launch. ``places``: a key of where the tensors lie."""
-        device, now = self.device, memory.now(self.device)
+    def launch(self, table: Tensor, now: memory.Now, n: int, store: bool) -> tuple[Tensor, Tensor]:
+        """(sigma, vectors) of the weights in the table."""
         memory.keep(self, now)
-        table = self.tables.get(places, (weights, u, v), now)
+        device = self.device
         sigma = torch.empty(self.sigmas, dtype=torch.float32, device=device)
         vectors = torch.empty(self.vectors, dtype=torch.float32, device=device)
         scratch = torch.empty(self.scratch, dtype=torch.float32, device=device)
-        shared = (vectors, sigma, scratch, memory.counters(len(weights), now))
+        shared = (vectors, sigma, scratch, memory.counters(len(self.weights), now))
         for round_ in range(max(n, 1)):
             for phase, work in zip(self.phases, self.sent, strict=True):
                 arguments = (table, work.here(now), *shared, int(round_ == 0), int(store))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsn.tensor_lists import addresses
 from fastsn.triton import iteration_calls, rescale_calls, settings
-from fastsn.triton.plan import Run
+from fastsn.triton.plan import Prepared
 from fastsn.triton.settings import Settings
 
 # What is tried, one after the other, each from the best so far.
@@ -36,7 +36,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 )
 
 
-_PREPARED: dict[str, Callable[..., Run]] = {
+_PREPARED: dict[str, Callable[..., Prepared]] = {
     "power_iteration": partial(iteration_calls.prepared, False),
     "power_iteration_": partial(iteration_calls.prepared, True),
     "rescale": rescale_calls.prepared_rescale,
@@ -44,7 +44,7 @@ _PREPARED: dict[str, Callable[..., Run]] = {
 }
 
 
-def prepared(name: str, arguments: tuple[Any, ...]) -> Run:
+def prepared(name: str, arguments: tuple[Any, ...]) -> Prepared:
     """What runs an op on all lists of tensors whose shapes, strides, dtypes, devices and alignment, and whose numbers,
     are these."""
     return _PREPARED[name](*arguments)
@@ -53,7 +53,7 @@ def prepared(name: str, arguments: tuple[Any, ...]) -> Run:
 def call(name: str, *arguments: Any) -> Any:
     """The op, once."""
     lists = [x for x in arguments if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
-    return prepared(name, arguments)(addresses(*lists), *arguments)
+    return prepared(name, arguments).run(addresses(*lists), *arguments)
 
 
 def tune(weights: Sequence[Tensor] | None = None, measure: Callable[[Settings], float] | None = None) -> Settings:

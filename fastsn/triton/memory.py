@@ -150,6 +150,14 @@ class Tables:
         self._numbers = host([0 if isinstance(x, Address) else x for x in numbers])
         self._tensors = host([1 + x.of if isinstance(x, Address) else 0 for x in numbers])
 
+    def known(self, places: Hashable, at: Now) -> Tensor | None:
+        """The table for tensors that lie at ``places``, a key of ``get``, if there is one."""
+        table = self._known.get(places)
+        if table is None:
+            return None
+        keep(table, at)
+        return table.here(at)
+
     def get(self, places: Hashable, tensors: Sequence[Sequence[Tensor]], at: Now) -> Tensor:
         """The table for the tensors of these lists, one after the other; ``places``: a key of where they lie."""
         table = self._known.get(places)

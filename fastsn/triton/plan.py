@@ -22,7 +22,20 @@ from fastsn.triton.settings import Tiles, vector_width
 
 TYPES = {torch.float16: tl.float16, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
-Run = Callable[..., Any]  # an op, called with a key of where the tensors of its lists lie and then as the op is
+
+class Prepared(NamedTuple):
+    """What serves an op for all lists of tensors like those that it was prepared for."""
+
+    device: torch.device
+
+    run: Callable[..., Any]
+    """Called with a key of where the tensors of the lists lie, and then as the op is."""
+
+    again: Callable[..., Sequence[Tensor] | None] | None
+    """Launches that write to results that are allocated already, where these places were seen before (otherwise gives
+    None): called with keys of where the tensors of the lists, and the results, lie, and with the op's ``sigma``,
+    ``vectors`` and ``grad_sigma``; gives what the op has beside the allocated results. None where tensors must be
+    copied first."""
 
 
 class Weight(NamedTuple):

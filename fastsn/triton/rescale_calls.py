@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsn.tensor_lists import DTYPES, FLOAT32, addresses, allocate
-from fastsn.triton import memory
-from fastsn.triton import rescale as kernels
+from fastsn.tensor_lists import addresses
 from fastsn.triton.arrangement import arranged, arrangement
-from fastsn.triton.plan import TYPES, Kernel, Kinds, Launch, Run, Weight, by_size, described, vector_places
-from fastsn.triton.settings import Settings, current, vector_width
-
-_SETTLED = 1024  # chunks whose sums are added at a time
-_SCALED = 128  # weights whose derivatives by a scale are added at a time
-
-
-class Numbers(NamedTuple):
-    """What a call says of its weights beside the tensors."""
-
-    view_masks: tuple[int, ...]
-    scale_index: tuple[int, ...]
-    scale_factor: tuple[float, ...]
-    dtypes: tuple[int, ...]
+from fastsn.triton.plan import Prepared, Weight, described
+from fastsn.triton.rescale_plans import Numbers, backward_plan, forward_plan
+from fastsn.triton.settings import current
 
 
 def prepared_rescale(
@@ -41,14 +25,14 @@ def prepared_rescale(
     scale_index: Sequence[int],
     scale_factor: Sequence[float],
     dtypes: Sequence[int],
-) -> Run:
+) -> Prepared:
     """What gives ([W̄], mean sigma), as the op does, for lists of tensors like these."""
     placed = [described(w, dim, dense=True) for w, dim in zip(weights, dims, strict=True)]
     device, numbers = (
         weights[0].device,
         Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes)),
     )
-    plan = _forward_plan(tuple(w for _, w in placed), numbers, len(scales), device, current(device))
+    plan = forward_plan(tuple(w for _, w in placed), numbers, len(scales), device, current(device))
     where_they_are = all(place is w for w, (place, _) in zip(weights, placed, strict=True))
     as_they_are = where_they_are and _readable(scales, device)
 
@@ -64,7 +48,12 @@ def prepared_rescale(
         results, mean = plan.run(addresses(own, own_scales), own, own_scales, sigma)
         return _as_given(results, own, weights, dims), mean
 
-    return run
+    def again(
+        places: Hashable, places_of_results: Hashable, sigma: Tensor, _vectors: None, _grad_sigma: None
+    ) -> list[Tensor] | None:
+        return plan.again(places, places_of_results, sigma)
+
+    return Prepared(device, run, again if as_they_are else None)
 
 
 def prepared_rescale_backward(
@@ -79,7 +68,7 @@ def prepared_rescale_backward(
     scale_index: Sequence[int],
     scale_factor: Sequence[float],
     dtypes: Sequence[int],
-) -> Run:
+) -> Prepared:
     """What gives ([dW], [dscale]), as the op does, for lists of tensors like these."""
     placed = [described(base, dim, dense=True) for base, dim in zip(bases, dims, strict=True)]
     beside = [_beside(*each) for each in zip(gradients, bases, placed, dims, strict=True)]
@@ -88,7 +77,7 @@ def prepared_rescale_backward(
         Numbers(tuple(view_masks), tuple(scale_index), tuple(scale_factor), tuple(dtypes)),
     )
     described_all = tuple(w for _, w in placed), tuple(g for _, g in beside)
-    plan = _backward_plan(*described_all, numbers, len(scales), device, current(device))
+    plan = backward_plan(*described_all, numbers, len(scales), device, current(device))
     found = zip((*bases, *gradients), (*placed, *beside), strict=True)
     as_they_are = all(place is x for x, (place, _) in found) and _readable(scales, device)
 
@@ -112,7 +101,12 @@ def prepared_rescale_backward(
         d_scales = [d.to(scale.device, scale.dtype) for d, scale in zip(d_scales, scales, strict=True)]
         return _as_given(results, own, bases, dims), d_scales
 
-    return run
+    def again(
+        places: Hashable, places_of_results: Hashable, sigma: Tensor, vectors: Tensor, grad_sigma: Tensor | None
+    ) -> list[Tensor] | None:
+        return plan.again(places, places_of_results, grad_sigma, sigma, vectors)
+
+    return Prepared(device, run, again if as_they_are else None)
 
 
 def _readable(scales: Sequence[Tensor], device: torch.device) -> bool:
@@ -138,182 +132,3 @@ def _beside(g: Tensor, base: Tensor, placed: tuple[Tensor, Weight], dim: int) ->
     if found is None or found.order() != weight.arrangement.order():
         g = torch.empty_like(base, dtype=g.dtype).copy_(g)
     return described(g, dim)
-
-
-def _bits(x: float) -> int:
-    """Of a float32; of infinity where that has no room for the number."""
-    largest = torch.finfo(torch.float32).max
-    return int(struct.unpack("<i", struct.pack("<f", x if abs(x) <= largest else math.copysign(math.inf, x)))[0])
-
-
-class _Plan:
-    """What both directions have in common."""
-
-    def __init__(
-        self,
-        weights: Sequence[Weight],
-        numbers: Numbers,
-        scales: int,
-        device: torch.device,
-        settings: Settings,
-    ) -> None:
-        self.weights, self.numbers, self.scales, self.device, self.settings = weights, numbers, scales, device, settings
-
-    def read(self, scales: Sequence[Tensor]) -> list[Tensor]:
-        """Scales as the kernels read them."""
-        return [scale.to(self.device, torch.float32) for scale in scales]
-
-    def row(self, i: int, tensor: int, scales: int, result: int, sigma: int) -> list[int | memory.Address]:
-        """The columns up to the scale's number. Of the tensors of a call, ``tensor`` is the number of W or W̄,
-        ``scales`` of the first scale and ``result`` of what is written."""
-        a, at, views = self.weights[i].arrangement, self.numbers.scale_index[i], self.numbers.view_masks[i].bit_count()
-        scale = memory.Address(scales + at) if at >= 0 else 0
-        found: list[int | memory.Address] = []
-        found += [memory.Address(tensor), a.stride, a.rows, a.b, a.k, memory.Address(result), sigma, views]
-        return [*found, _bits(self.numbers.scale_factor[i]), scale, at]
-
-    def elementwise_options(self, kinds: Kinds) -> dict[str, Any]:
-        """Of a launch of elementwise kernels."""
-        return {
-            "KINDS": tuple(kinds.found),
-            "CHUNK": self.settings.chunk,
-            "STEP": self.settings.step,
-            **self.settings.options(self.settings.rescale_warps),
-        }
-
-    def chunks(self, i: int) -> int:
-        """Programs of the elementwise kernels."""
-        return -(-self.weights[i].arrangement.numel // self.settings.chunk)
-
-
-class _Forward(_Plan):
-    """One launch."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        work, kinds = Launch(), Kinds()
-        for i in by_size(self.weights):
-            w = self.weights[i]
-            kind = kinds.number((w.strided(), w.flat_width(), TYPES[w.dtype], TYPES[DTYPES[self.numbers.dtypes[i]]]))
-            for chunk in range(self.chunks(i)):
-                work.add(i, chunk, kind)
-        self.work, self.programs = work.sent(self.device), work.programs
-        self.rescale = Kernel(kernels, "rescale", self.elementwise_options(kinds))
-        self.tables = memory.Tables(self._numbers())
-
-    def _numbers(self) -> list[int | memory.Address]:
-        """The table, for the addresses of weights, scales and results."""
-        numbers: list[int | memory.Address] = []
-        count, sigma = len(self.weights), 0
-        unused = [0] * (kernels.COLUMNS.value - kernels.FLAT.value)
-        for i in range(count):
-            numbers += [*self.row(i, i, count, count + self.scales + i, sigma), *unused]
-            sigma += self.numbers.view_masks[i].bit_count()
-        return numbers
-
-    def run(
-        self, places: Hashable, weights: Sequence[Tensor], scales: Sequence[Tensor], sigma: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """Launch. ``places``: a key of where weights and scales lie. Rows of results come in the order of the weight's,
-        without gaps, or ``weights`` were copies."""
-        now = memory.now(self.device)
-        memory.keep(self, now)
-        results, place = allocate(weights, self.numbers.dtypes)
-        table = self.tables.get((places, place), (weights, scales, results), now)
-        mean = torch.empty(len(weights), dtype=torch.float32, device=self.device)
-        self.rescale.launch(self.programs, table, self.work.here(now), sigma.contiguous(), mean)
-        return results, mean
-
-
-class _Backward(_Plan):
-    """Two launches."""
-
-    def __init__(
-        self,
-        weights: Sequence[Weight],
-        gradients: Sequence[Weight],
-        numbers: Numbers,
-        scales: int,
-        device: torch.device,
-        settings: Settings,
-    ) -> None:
-        super().__init__(weights, numbers, scales, device, settings)
-        self.gradients, self.dtypes = gradients, (*numbers.dtypes, *[FLOAT32] * scales)
-        self.first_chunks: list[int] = []
-        self.total_chunks = 0
-        for i in range(len(weights)):
-            self.first_chunks.append(self.total_chunks)
-            self.total_chunks += self.chunks(i)
-        products, product_kinds, blocks, block_kinds = Launch(), Kinds(), Launch(), Kinds()
-        order = by_size(weights)
-        for i in order:
-            w, g = weights[i], gradients[i]
-            kind = (w.strided() or g.strided(), min(w.flat_width(), g.flat_width()), TYPES[w.dtype], TYPES[g.dtype])
-            number = product_kinds.number(kind)
-            for chunk in range(self.chunks(i)):
-                products.add(i, chunk, number)
-        for i in reversed(order):  # backwards: what was read last is still in the cache
-            g, t = gradients[i], settings.tiles(weights[i].arrangement, settings.step)
-            a, (p, q) = g.arrangement, self._views(i)
-            itemsize = DTYPES[numbers.dtypes[i]].itemsize
-            wide = min(g.vector_width(t), vector_width(a._replace(stride=a.n), itemsize, True, t))
-            number = block_kinds.number((p, q, *t.kind(wide), TYPES[g.dtype], TYPES[DTYPES[numbers.dtypes[i]]]))
-            for row in reversed(range(t.blocks)):
-                blocks.add(i, row, number)
-        self.products, self.many_products = products.sent(device), products.programs
-        self.blocks, self.many_blocks = blocks.sent(device), blocks.programs
-        elementwise = {**self.elementwise_options(product_kinds), "BC": _SETTLED}
-        self.inner_products = Kernel(kernels, "inner_products", elementwise)
-        options = settings.options(settings.rescale_warps)
-        self.gradient = Kernel(kernels, "gradient", {"KINDS": tuple(block_kinds.found), "BL": _SCALED, **options})
-        self.tables = memory.Tables(self._numbers())
-
-    def _views(self, i: int) -> tuple[bool, bool]:
-        """Whether the row matrix and the class matrix are in use."""
-        out, into = bool(self.numbers.view_masks[i] & 1), bool(self.numbers.view_masks[i] & 2)
-        return (into, out) if self.weights[i].arrangement.turned else (out, into)
-
-    def _numbers(self) -> list[int | memory.Address]:
-        """The table, for the addresses of gradients, bases, scales, results and derivatives by the scales."""
-        numbers: list[int | memory.Address] = []
-        count, flat = len(self.weights), 0
-        results = 2 * count + self.scales
-        for i, weight in enumerate(self.weights):
-            places, size = vector_places(weight.arrangement, self.numbers.view_masks[i])
-            numbers += self.row(i, count + i, 2 * count, results + i, i)
-            numbers += [flat + place if place >= 0 else -1 for place in places]
-            numbers += [memory.Address(i), self.gradients[i].arrangement.stride, self.chunks(i), self.first_chunks[i]]
-            flat += size
-        return numbers + [memory.Address(results + count + i) for i in range(self.scales)]
-
-    def run(
-        self,
-        places: Hashable,
-        gradients: Sequence[Tensor],
-        grad_sigma: Tensor | None,
-        bases: Sequence[Tensor],
-        scales: Sequence[Tensor],
-        sigma: Tensor,
-        vectors: Tensor,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Launch. ``places``: a key of where gradients, bases and scales lie."""
-        now, count = memory.now(self.device), len(bases)
-        memory.keep(self, now)
-        results, place = allocate((*bases, *scales), self.dtypes)
-        table = self.tables.get((places, place), (gradients, bases, scales, results), now)
-        # Both aligned, whatever the list: the JIT compiles anew for an argument that is not.
-        dots = torch.empty(self.total_chunks, dtype=torch.float32, device=self.device)
-        coefficients = torch.empty(3 * count, dtype=torch.float32, device=self.device)
-        sigma, vectors = sigma.contiguous(), vectors.contiguous()
-        given = sigma if grad_sigma is None else grad_sigma.contiguous()
-        self.inner_products.launch(
-            self.many_products,
-            *(table, self.products.here(now), sigma, given, int(grad_sigma is not None), dots, coefficients),
-            memory.counters(count, now),
-        )
-        self.gradient.launch(self.many_blocks, table, self.blocks.here(now), coefficients, vectors, count, self.scales)
-        return results[:count], results[count:]
-
-
-_forward_plan = lru_cache(maxsize=256)(_Forward)
-_backward_plan = lru_cache(maxsize=256)(_Backward)
