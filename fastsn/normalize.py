@@ -57,9 +57,10 @@ class Batch:
 
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         self.specs = specs
+        self.weights, self.given_scales = [spec.weight for spec in specs], [spec.scale for spec in specs]
         # Whether the version counter of the weight alone validates a cached W̄ (not that of a tensor scale too).
         traced = torch.compiler.is_compiling()
-        self.fast_lookup = not (traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs))
+        self.fast_lookup = not (traced or any(isinstance(spec.scale, Tensor) or spec.weight.is_inference() for spec in specs))
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""
@@ -85,7 +86,6 @@ class KernelBatch(Batch):
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         super().__init__(specs)
         self._used = False
-        self.weights = [spec.weight for spec in specs]
         self.stored = [spec.vectors for spec in specs]
         self.u: list[Tensor] = []
         self.v: list[Tensor] = []

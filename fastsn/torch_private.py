@@ -42,11 +42,12 @@ is_batched = torch._C._functorch.is_batchedtensor
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module, or torch globally, has hooks. If not, calling its forward directly is equivalent."""
+    own = module.__dict__  # nn.Module makes attributes slower than this, and it runs at every access to a weight
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
         or modules._global_backward_hooks
