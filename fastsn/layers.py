@@ -101,7 +101,9 @@ class NormalizedLayer(nn.Module):
     def normalized(self) -> tuple[Tensor, Tensor | None]:
         """The normalized weight and the bias of a forward. In training mode this runs the power iteration."""
         stored = self._parameters  # nn.Module.__getattr__ takes as long as everything else in reading a cached W̄
-        weight = stored["weight"] if "weight" in stored else self.weight  # a parametrization or hook may compute it
+        weight: Tensor | None = stored.get("weight")
+        if weight is None:  # a parametrization or hook computes it
+            weight = self.weight
         bias = stored["bias"] if "bias" in stored else getattr(self, "bias", None)
         norm: Any = self._modules["spectral_norm"]
         if self.scale_bias and bias is not None:

@@ -120,14 +120,16 @@ class SpectralNorm(StoredVectors):
         super().__setattr__(name, value)
         changes.count = changes.following()
 
-    def fast_call(self, weight: Tensor) -> Tensor:
-        """``self(weight)``, by a shorter path if a step has cached W̄."""
-        if self.cached and not (torch.compiler.is_compiling() or torch_private.has_hooks(self)):
-            for entry in self.cached[-1:]:  # a slice, as another thread may just have ended its step
-                weights, _, known, scale, version, value = entry
+    def fast_call(self, weight: Tensor, eager: bool = False) -> Tensor:
+        """``self(weight)``, by a shorter path if a step has cached W̄. ``eager``: known not to be compiling."""
+        own = self.__dict__  # attributes of an nn.Module take twice as long
+        cached: list[CacheEntry] = own["cached"]
+        if cached and (eager or not torch.compiler.is_compiling()) and not torch_private.has_hooks(own):
+            # A slice, as another thread may just have ended its step.
+            for weights, _, known, scale, version, value in cached[-1:]:
                 if (
                     known is weight
-                    and scale is self.__dict__.get("scale")
+                    and scale is own.get("scale")
                     and weight._version == version
                     and weight.dtype is value.dtype
                     and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())

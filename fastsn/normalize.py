@@ -60,7 +60,9 @@ class Batch:
         self.weights, self.given_scales = [spec.weight for spec in specs], [spec.scale for spec in specs]
         # Whether the version counter of the weight alone validates a cached W̄ (not that of a tensor scale too).
         traced = torch.compiler.is_compiling()
-        self.fast_lookup = not (traced or any(isinstance(spec.scale, Tensor) or spec.weight.is_inference() for spec in specs))
+        self.fast_lookup = not (
+            traced or any(isinstance(spec.scale, Tensor) or spec.weight.is_inference() for spec in specs)
+        )
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""

@@ -34,9 +34,9 @@ def _getter(tensor: str, torchs: Callable[[nn.Module], Tensor]) -> Callable[[nn.
             and original is not None
             and isinstance(norm, SpectralNorm)
             and "forward" not in own  # replaced during initialization, see fastsn/initialization.py
-            and not torch_private.has_hooks(chain)
+            and not torch_private.has_hooks(own)
         ):
-            return norm.fast_call(original)
+            return norm.fast_call(original, eager=True)
         return torchs(self)
 
     get.is_fast = True  # type: ignore[attr-defined]

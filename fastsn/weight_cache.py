@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ from fastsn.reference import Vectors
 
 # What a norm caches: the call and its index there; then, for the short lookup in ``SpectralNorm.fast_call``, the weight
 # (None: ask ``CachedWeights.get`` instead), its scale, its version, and W̄.
-CacheEntry: TypeAlias = "tuple[CachedWeights, int, Tensor | None, object, int, Tensor | None]"
+CacheEntry: TypeAlias = "tuple[CachedWeights, int, Tensor | None, object, int, Tensor]"
 _Normalized: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
@@ -56,7 +56,7 @@ class CachedWeights:
     def entries(self) -> list[CacheEntry]:
         """What each norm of the call caches."""
         positions = range(len(self._values))
-        known = self._batch.weights if self._fast else [None] * len(positions)
+        known: Iterable[Tensor | None] = self._batch.weights if self._fast else repeat(None)
         others = self._batch.given_scales, self._versions[0], self._values
         return list(zip(repeat(self), positions, known, *others, strict=False))
 
@@ -64,7 +64,7 @@ class CachedWeights:
         """What the replica of a norm caches in DataParallel, which runs in another thread."""
         own = copy.copy(self)
         own.thread, own._updated = None, {}
-        return own, position, None, None, 0, None
+        return own, position, None, None, 0, self._values[position]
 
     def get(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
         """The cached W̄ if it is still valid: same weight and scale, unchanged in place, and a graph if one is needed.
