@@ -77,7 +77,7 @@ class Batch:
         A no-op here: the backward of the kernels raises it itself."""
 
 
-_HAS_FUSED_OP = kernels_for("cpp", 0).available  # csrc/normalize.cpp
+_fused = torch.ops.fastsn._normalize.default if kernels_for("cpp", 0).available else None  # csrc/normalize.cpp
 
 
 class KernelBatch(Batch):
@@ -119,12 +119,12 @@ class KernelBatch(Batch):
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         store = store and n > 0
-        if self._used and _HAS_FUSED_OP and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
+        if self._used and _fused is not None and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
             if self._handle is None and self._can_have_handle():
                 lists = (self.weights, self.u, self.v, self.scales)
                 self._handle = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
             if self._handle is not None:
-                outputs, vectors = torch.ops.fastsn._normalize(self._handle, n, store)
+                outputs, vectors = _fused(self._handle, n, store)
                 return outputs, UsedVectors(self.stored, vectors)
         self._used = True
         iterated = ops.power_iteration_ if store else ops.power_iteration

@@ -127,13 +127,16 @@ class _Plan:
         modules = [module for module in model.modules() if module is not model]
         stored = [(_holder(site), weight) for site, weight in found if _is_stored(site, weight)]
         # What is_valid looks at, at every call: __dict__, as attributes of an nn.Module take twice as long.
-        self._modules = [module.__dict__ for module in modules if not isinstance(module, SpectralNorm)]
         self._norms = [site.norm.__dict__ for site, _ in found]
-        self._learnt = [norm for norm in self._norms if norm["_parameters"]]  # to set the first one changes the count
-        self._holders = [(None if holder is model else holder.__dict__, name) for (holder, name), _ in stored]
-        parameters = [isinstance(weight, nn.Parameter) for _, weight in stored]
-        self._in_buffers = [at for at, known in zip(self._holders, parameters, strict=True) if not known]
+        self._members = [(module.__dict__, "_modules") for module in modules if not isinstance(module, SpectralNorm)]
+        self._members += [(norm, "_buffers") for norm in self._norms]
+        self._members += [(norm, "_parameters") for norm in self._norms if norm["_parameters"]]  # else it is a setting
         self._weights = [weight for _, weight in stored]
+        self._stored = [
+            (None if holder is model else holder.__dict__, kind, name)
+            for (holder, name), weight in stored
+            for kind in ("_parameters", "_buffers")[: 1 if isinstance(weight, nn.Parameter) else 2]
+        ]
         self._devices = list({weight.device.type for _, weight in found})
         self._changes, self._settings = changes.count, self._settings_now()
         self._state, self._layouts = self._state_of(model), self._layouts_now()
@@ -169,11 +172,8 @@ class _Plan:
             state += [x for device in on for x in (device, torch.get_autocast_dtype(device))]
         own = model.__dict__
         state += own["_modules"].values()
-        state += chain.from_iterable([module["_modules"].values() for module in self._modules])
-        state += chain.from_iterable([norm["_buffers"].values() for norm in self._norms])
-        state += chain.from_iterable([norm["_parameters"].values() for norm in self._learnt])
-        state += [(holder or own)["_parameters"].get(name) for holder, name in self._holders]
-        state += [(holder or own)["_buffers"].get(name) for holder, name in self._in_buffers]
+        state += chain.from_iterable([owner[kind].values() for owner, kind in self._members])
+        state += [(holder or own)[kind].get(name) for holder, kind, name in self._stored]
         return state
 
     def _layouts_now(self) -> list[object]:
