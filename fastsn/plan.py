@@ -130,7 +130,7 @@ class _Plan:
         self._norms = [site.norm.__dict__ for site, _ in found]
         self._members = [(module.__dict__, "_modules") for module in modules if not isinstance(module, SpectralNorm)]
         self._members += [(norm, "_buffers") for norm in self._norms]
-        self._members += [(norm, "_parameters") for norm in self._norms if norm["_parameters"]]  # else it is a setting
+        self._members += [(norm, "_parameters") for norm in self._norms if norm["_parameters"]]  # learnable scales
         self._weights = [weight for _, weight in stored]
         self._stored = [
             (None if holder is model else holder.__dict__, kind, name)
@@ -177,7 +177,7 @@ class _Plan:
         return state
 
     def _layouts_now(self) -> list[object]:
-        """What ``.data`` and ``.to()`` change in place."""
+        """What ``.data`` and ``.to()`` change in place. To be compared by ==, which is safe here and faster."""
         weights = self._weights
         return [*[w.dtype for w in weights], *[w.is_cpu for w in weights], *[w.get_device() for w in weights]]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
+from itertools import count, repeat
 from typing import TypeAlias
 
 import torch
@@ -15,9 +15,9 @@ from fastsn import checks, normalize, recomputation
 from fastsn.normalize import Batch, UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
-# What a norm caches: the call and its index there; then, for the short lookup in ``SpectralNorm.fast_call``, the weight
-# (None: ask ``CachedWeights.get`` instead), its scale, its version, and W̄.
-CacheEntry: TypeAlias = "tuple[CachedWeights, int, Tensor | None, object, int, Tensor]"
+# What a norm caches: the call and its index there; then, for the short lookup in ``SpectralNorm.fast_call``, the weight,
+# its scale (``...``: ask ``CachedWeights.get`` instead), its version, and W̄.
+CacheEntry: TypeAlias = "tuple[CachedWeights, int, Tensor, object, int, Tensor]"
 _Normalized: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
@@ -55,16 +55,14 @@ class CachedWeights:
 
     def entries(self) -> list[CacheEntry]:
         """What each norm of the call caches."""
-        positions = range(len(self._values))
-        known: Iterable[Tensor | None] = self._batch.weights if self._fast else repeat(None)
-        others = self._batch.given_scales, self._versions[0], self._values
-        return list(zip(repeat(self), positions, known, *others, strict=False))
+        weights, scales = self._batch.weights, self._batch.given_scales if self._fast else repeat(...)
+        return list(zip(repeat(self), count(), weights, scales, self._versions[0], self._values))
 
     def for_any_thread(self, position: int) -> CacheEntry:
         """What the replica of a norm caches in DataParallel, which runs in another thread."""
         own = copy.copy(self)
         own.thread, own._updated = None, {}
-        return own, position, None, None, 0, self._values[position]
+        return own, position, self._batch.weights[position], ..., 0, self._values[position]
 
     def get(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
         """The cached W̄ if it is still valid: same weight and scale, unchanged in place, and a graph if one is needed.
