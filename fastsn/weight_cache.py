@@ -15,7 +15,7 @@ from fastsn import checks, normalize, recomputation
 from fastsn.normalize import Batch, UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
-# What a norm caches: the call and its index there; then, for the short lookup in ``SpectralNorm.fast_call``, the weight,
+# What a norm caches: the call and its index there; then, for ``SpectralNorm.fast_call``, the weight,
 # its scale (``...``: ask ``CachedWeights.get`` instead), its version, and W̄.
 CacheEntry: TypeAlias = "tuple[CachedWeights, int, Tensor, object, int, Tensor]"
 _Normalized: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
