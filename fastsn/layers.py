@@ -100,11 +100,15 @@ class NormalizedLayer(nn.Module):
 
     def normalized(self) -> tuple[Tensor, Tensor | None]:
         """The normalized weight and the bias of a forward. In training mode this runs the power iteration."""
-        bias: Tensor | None = getattr(self, "bias", None)
+        stored = self._parameters  # nn.Module.__getattr__ takes as long as everything else in reading a cached W̄
+        weight: Tensor | None = stored.get("weight")
+        if weight is None:  # a parametrization or hook computes it
+            weight = self.weight
+        bias = stored["bias"] if "bias" in stored else getattr(self, "bias", None)
+        norm: Any = self._modules["spectral_norm"]
         if self.scale_bias and bias is not None:
-            bias = self.spectral_norm.scaled(bias)
-        norm: Any = self._modules["spectral_norm"]  # nn.Module.__getattr__ would double the cost of a cached read
-        return norm.fast_call(self.weight), bias
+            bias = norm.scaled(bias)
+        return norm.fast_call(weight), bias
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -6,6 +6,7 @@ A child module of fastsn layers, a parametrization under ``fastsn.spectral_norm`
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from operator import is_, itemgetter
 from typing import Any
@@ -119,13 +120,25 @@ class SpectralNorm(StoredVectors):
         super().__setattr__(name, value)
         changes.count = changes.following()
 
-    def fast_call(self, weight: Tensor) -> Tensor:
-        """``self(weight)``, by a shorter path if a step has cached W̄."""
-        if self.cached and not (torch.compiler.is_compiling() or torch_private.has_hooks(self)):
-            for weights, position in self.cached[-1:]:  # a slice, as another thread may just have ended its step
-                cached = weights.fast_get(position, weight, self.scale)
-                if cached is not None:
-                    return cached
+    def fast_call(self, weight: Tensor, eager: bool = False) -> Tensor:
+        """``self(weight)``, by a shorter path if a step has cached W̄. ``eager``: known not to be compiling."""
+        own = self.__dict__  # attributes of an nn.Module take twice as long
+        cached: list[CacheEntry] = own["cached"]
+        if cached and (eager or not torch.compiler.is_compiling()) and not torch_private.has_hooks(own):
+            # A slice, as another thread may just have ended its step.
+            for weights, _, known, scale, version, value in cached[-1:]:
+                if (
+                    known is weight
+                    and scale is own.get("scale")
+                    and weight._version == version
+                    and weight.dtype is value.dtype
+                    and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())
+                    and weights.thread == threading.get_ident()
+                    and not (
+                        recomputation.state.active or torch_private.any_autocast() or torch_private.backward_id() != -1
+                    )
+                ):
+                    return value
         return self(weight)  # type: ignore[no-any-return]
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -144,7 +157,7 @@ class SpectralNorm(StoredVectors):
             )
         cached = weight_cache.active_entry(self.cached, compiling)
         if cached is not None:
-            weights, position = cached
+            weights, position, *_ = cached
             if region is not None:
                 recomputation.record(self, weights.vectors, position)
             return weights.get(position, weight, self.scale, self._out_dtype(weight), compiling)
@@ -210,7 +223,7 @@ class SpectralNorm(StoredVectors):
         cached = weight_cache.active_entry(self.cached, compiling)
         if cached is None:
             return self.evaluate(weight)
-        weights, position = cached
+        weights, position, *_ = cached
         return weights.get(position, weight, self.scale, self._out_dtype(weight), compiling)
 
     @torch.no_grad()
@@ -244,7 +257,7 @@ class SpectralNorm(StoredVectors):
 
     def _replicate_for_data_parallel(self) -> SpectralNorm:
         replica: SpectralNorm = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.cached = [(weights.for_any_thread(), position) for weights, position in self.cached]
+        replica.cached = [weights.for_any_thread(position) for weights, position, *_ in self.cached]
         return replica
 
     def extra_repr(self) -> str:

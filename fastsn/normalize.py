@@ -58,9 +58,12 @@ class Batch:
 
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         self.specs = specs
+        self.weights, self.given_scales = [spec.weight for spec in specs], [spec.scale for spec in specs]
         # Whether the version counter of the weight alone validates a cached W̄ (not that of a tensor scale too).
         traced = torch.compiler.is_compiling()
-        self.fast_lookup = not (traced or any(isinstance(spec[3], Tensor) or spec[0].is_inference() for spec in specs))
+        self.fast_lookup = not (
+            traced or any(isinstance(spec.scale, Tensor) or spec.weight.is_inference() for spec in specs)
+        )
 
     def iterate(self, n: int) -> None:
         """``n`` power iterations, stored."""
@@ -75,7 +78,7 @@ class Batch:
         A no-op here: the backward of the kernels raises it itself."""
 
 
-_HAS_FUSED_OP = kernels_for("cpp", 0).available  # csrc/normalize.cpp
+_fused = torch.ops.fastsn._normalize.default if kernels_for("cpp", 0).available else None  # csrc/normalize.cpp
 
 
 class KernelBatch(Batch):
@@ -86,7 +89,6 @@ class KernelBatch(Batch):
     def __init__(self, specs: Sequence[WeightSpec]) -> None:
         super().__init__(specs)
         self._used = False
-        self.weights = [spec.weight for spec in specs]
         self.stored = [spec.vectors for spec in specs]
         self.u: list[Tensor] = []
         self.v: list[Tensor] = []
@@ -118,12 +120,12 @@ class KernelBatch(Batch):
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
         """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         store = store and n > 0
-        if self._used and _HAS_FUSED_OP and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
+        if self._used and _fused is not None and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
             if self._handle is None and self._can_have_handle():
                 lists = (self.weights, self.u, self.v, self.scales)
                 self._handle = torch.ops.fastsn._remember(*lists, *self._iteration, *self._rescale[2:])
             if self._handle is not None:
-                outputs, vectors = torch.ops.fastsn._normalize(self._handle, n, store)
+                outputs, vectors = _fused(self._handle, n, store)
                 return outputs, UsedVectors(self.stored, vectors)
         self._used = True
         iterated = ops.power_iteration_ if store else ops.power_iteration

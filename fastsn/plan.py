@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -124,14 +125,21 @@ class _Plan:
         found = _weights(model)
         self.groups = _groups(found)
         modules = [module for module in model.modules() if module is not model]
-        self._modules = [module for module in modules if not isinstance(module, SpectralNorm)]
-        self._norms = [site.norm for site, _ in found]
         stored = [(_holder(site), weight) for site, weight in found if _is_stored(site, weight)]
-        self._holders = [(None if holder is model else holder, name) for (holder, name), _ in stored]
+        # What is_valid looks at, at every call: __dict__, as attributes of an nn.Module take twice as long.
+        self._norms = [site.norm.__dict__ for site, _ in found]
+        self._members = [(module.__dict__, "_modules") for module in modules if not isinstance(module, SpectralNorm)]
+        self._members += [(norm, "_buffers") for norm in self._norms]
+        self._members += [(norm, "_parameters") for norm in self._norms if norm["_parameters"]]  # learnable scales
         self._weights = [weight for _, weight in stored]
+        self._stored = [
+            (None if holder is model else holder.__dict__, kind, name)
+            for (holder, name), weight in stored
+            for kind in ("_parameters", "_buffers")[: 1 if isinstance(weight, nn.Parameter) else 2]
+        ]
         self._devices = list({weight.device.type for _, weight in found})
         self._changes, self._settings = changes.count, self._settings_now()
-        self._state = self._state_of(model)
+        self._state, self._layouts = self._state_of(model), self._layouts_now()
         self._references = [module for module in modules if isinstance(module, SpectralNorm)]  # others are in the state
         self._owners = [site.owner for site, weight in found if not _is_stored(site, weight)]
 
@@ -150,10 +158,10 @@ class _Plan:
             if not _same(self._settings, self._settings_now()):
                 return False
             self._changes = count
-        return _same(self._state, self._state_of(model))
+        return _same(self._state, self._state_of(model)) and self._layouts == self._layouts_now()
 
     def _settings_now(self) -> list[object]:
-        return [x for norm in self._norms for x in (*_settings(norm.__dict__), norm.__dict__.get("scale"))]
+        return [x for norm in self._norms for x in (*_settings(norm), norm.get("scale"))]
 
     def _state_of(self, model: nn.Module) -> list[object]:
         """Everything else that the groups depend on, to be compared by identity in one pass."""
@@ -162,18 +170,16 @@ class _Plan:
         if torch_private.any_autocast():
             on = [device for device in self._devices if normalize.autocast_is_on(device)]
             state += [x for device in on for x in (device, torch.get_autocast_dtype(device))]
-        state += model._modules.values()
-        state += [child for module in self._modules for child in module._modules.values()]
-        state += [x for norm in self._norms for x in norm._buffers.values()]
-        state += [x for norm in self._norms for x in norm._parameters.values()]  # learnable scales
-        for holder, name in self._holders:
-            module = model if holder is None else holder
-            weight = module._parameters.get(name)
-            state.append(module._buffers.get(name) if weight is None else weight)
-        state += [weight.dtype for weight in self._weights]  # .data and .to() change these in place
-        state += [weight.is_cpu for weight in self._weights]
-        state += [weight.get_device() for weight in self._weights]
+        own = model.__dict__
+        state += own["_modules"].values()
+        state += chain.from_iterable([owner[kind].values() for owner, kind in self._members])
+        state += [(holder or own)[kind].get(name) for holder, kind, name in self._stored]
         return state
+
+    def _layouts_now(self) -> list[object]:
+        """What ``.data`` and ``.to()`` change in place. To be compared by ==, which is safe here and faster."""
+        weights = self._weights
+        return [*[w.dtype for w in weights], *[w.is_cpu for w in weights], *[w.get_device() for w in weights]]
 
     def __deepcopy__(self, _: dict[int, Any]) -> None:
         return None

@@ -26,16 +26,17 @@ def _getter(tensor: str, torchs: Callable[[nn.Module], Tensor]) -> Callable[[nn.
         if torch.compiler.is_compiling() or torch_private.parametrizations_are_cached():
             return torchs(self)
         chain: Any = self._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
-        parts, original = chain._modules, chain._parameters.get("original")
+        own = chain.__dict__
+        parts, original = own["_modules"], own["_parameters"].get("original")
         norm = parts.get("0")
         if (
             len(parts) == 1
             and original is not None
             and isinstance(norm, SpectralNorm)
-            and "forward" not in chain.__dict__  # replaced during initialization, see fastsn/initialization.py
-            and not torch_private.has_hooks(chain)
+            and "forward" not in own  # replaced during initialization, see fastsn/initialization.py
+            and not torch_private.has_hooks(own)
         ):
-            return norm.fast_call(original)
+            return norm.fast_call(original, eager=True)
         return torchs(self)
 
     get.is_fast = True  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
@@ -40,13 +40,14 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 is_batched = torch._C._functorch.is_batchedtensor
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module, or torch globally, has hooks. If not, calling its forward directly is equivalent."""
+def has_hooks(own: dict[str, Any]) -> bool:
+    """Whether the module with this ``__dict__``, or torch globally, has hooks. If not, calling its forward directly is
+    equivalent."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
         or modules._global_backward_hooks

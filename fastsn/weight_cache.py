@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from itertools import count, repeat
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastsn import checks, normalize, recomputation, torch_private
+from fastsn import checks, normalize, recomputation
 from fastsn.normalize import Batch, UsedVectors, WeightSpec
 from fastsn.reference import Vectors
 
-CacheEntry: TypeAlias = "tuple[CachedWeights, int]"  # with the index of the norm in the call
+# What a norm caches: the call and its index there; then, for ``SpectralNorm.fast_call``, the weight,
+# its scale (``...``: ask ``CachedWeights.get`` instead), its version, and W̄.
+CacheEntry: TypeAlias = "tuple[CachedWeights, int, Tensor, object, int, Tensor]"
 _Normalized: TypeAlias = "tuple[Tensor, Tensor | float, tuple[int, int], Tensor]"  # weight, scale, their versions, W̄
 
 
 class CachedWeights:
-    """W̄ and vectors from one call of the ops, for all its norms, until the step ends. Each norm references it together
-    with its index in the call.
+    """W̄ and vectors from one call of the ops, for all its norms, until the step ends.
 
     Args:
         batch: the weights and settings of the call.
@@ -32,7 +34,7 @@ class CachedWeights:
         traced: it was made while compiling.
     """
 
-    __slots__ = ("_fast", "_specs", "_traced", "_updated", "_values", "_versions", "from_step", "thread", "vectors")
+    __slots__ = ("_batch", "_fast", "_traced", "_updated", "_values", "_versions", "from_step", "thread", "vectors")
 
     def __init__(
         self,
@@ -43,51 +45,37 @@ class CachedWeights:
         from_step: bool,
         traced: bool,
     ) -> None:
-        self._specs, self._values, self.vectors = batch.specs, values, vectors
+        self._batch, self._values, self.vectors = batch, values, vectors
         self.thread, self.from_step, self._traced = thread, from_step, traced
         self._fast = batch.fast_lookup and not (traced or torch.is_inference_mode_enabled())
-        if self._fast:
-            self._versions = [(spec[0]._version, 0) for spec in batch.specs]
-        else:
-            self._versions = [_versions(spec.weight, spec.scale, traced) for spec in batch.specs]
+        scales = [0] * len(values) if self._fast else [_version(scale, traced) for scale in batch.given_scales]
+        weights = [w._version if self._fast else _version(w, traced) for w in batch.weights]
+        self._versions = weights, scales
         self._updated: dict[tuple[int, torch.dtype], _Normalized] = {}
 
-    def for_any_thread(self) -> CachedWeights:
-        """A copy for a replica of DataParallel, which runs in another thread."""
+    def entries(self) -> list[CacheEntry]:
+        """What each norm of the call caches."""
+        weights, scales = self._batch.weights, self._batch.given_scales if self._fast else repeat(...)
+        return list(zip(repeat(self), count(), weights, scales, self._versions[0], self._values))
+
+    def for_any_thread(self, position: int) -> CacheEntry:
+        """What the replica of a norm caches in DataParallel, which runs in another thread."""
         own = copy.copy(self)
         own.thread, own._updated = None, {}
-        return own
-
-    def fast_get(self, position: int, weight: Tensor, scale: Tensor | float) -> Tensor | None:
-        """The W̄ computed at the start of the step if a few cheap checks show that it is valid here, else None. Not for
-        compiled code."""
-        if self._fast:
-            spec, value = self._specs[position], self._values[position]
-            if (
-                spec[0] is weight
-                and spec[3] is scale
-                and weight._version == self._versions[position][0]
-                and weight.dtype is value.dtype
-                and (weight.requires_grad is value.requires_grad or not torch.is_grad_enabled())
-                and self.thread == threading.get_ident()
-                and not (
-                    recomputation.state.active or torch_private.any_autocast() or torch_private.backward_id() != -1
-                )
-            ):
-                return value
-        return None
+        return own, position, self._batch.weights[position], ..., 0, self._values[position]
 
     def get(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype, compiling: bool) -> Tensor:
         """The cached W̄ if it is still valid: same weight and scale, unchanged in place, and a graph if one is needed.
         Otherwise the weight is normalized again with the vectors of the step."""
         # A compiled graph cannot check whether a weight has changed since a step that began outside of it.
-        spec = self._specs[position]
+        spec = self._batch.specs[position]
         if (compiling and not self._traced) or (not compiling and recomputation.in_reentrant_checkpoint()):
             return self._normalize(position, weight, scale, dtype)
-        versions = _versions(weight, scale, compiling)
+        versions = _version(weight, compiling), _version(scale, compiling)
         made = self._updated.get((position, dtype))
         if made is None and dtype == spec.dtype:
-            made = (spec.weight, spec.scale, self._versions[position], self._values[position])
+            before = self._versions[0][position], self._versions[1][position]
+            made = (spec.weight, spec.scale, before, self._values[position])
         if made is not None:
             own, own_scale, own_versions, value = made
             if (
@@ -104,8 +92,8 @@ class CachedWeights:
 
     def _normalize(self, position: int, weight: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         checks.weight(weight, "weight")
-        vectors = self.vectors.of(position)
-        return normalize_fixed(self._specs[position]._replace(weight=weight, vectors=vectors, scale=scale, dtype=dtype))
+        spec, vectors = self._batch.specs[position], self.vectors.of(position)
+        return normalize_fixed(spec._replace(weight=weight, vectors=vectors, scale=scale, dtype=dtype))
 
 
 def normalize_fixed(spec: WeightSpec) -> Tensor:
@@ -134,15 +122,13 @@ def entered_in_this_thread(cached: Sequence[CacheEntry]) -> bool:
 
 def step_vectors(cached: Sequence[CacheEntry]) -> Vectors | None:
     """The vectors of the newest entry of a step (not of a fused forward), in any thread."""
-    return next((weights.vectors.of(position) for weights, position in reversed(cached) if weights.from_step), None)
+    return next((weights.vectors.of(i) for weights, i, *_ in reversed(cached) if weights.from_step), None)
 
 
 def _in_this_thread(cached: CacheEntry) -> bool:
     return cached[0].thread in (None, threading.get_ident())
 
 
-def _versions(weight: Tensor, scale: Tensor | float, traced: bool) -> tuple[int, int]:
-    """Version counters of weight and scale; 0 for what has none."""
-    tensors = (weight, scale)
-    first, second = [0 if traced or not isinstance(x, Tensor) or x.is_inference() else x._version for x in tensors]
-    return first, second
+def _version(x: Tensor | float, traced: bool) -> int:
+    """The version counter of a weight or scale; 0 if it has none."""
+    return 0 if traced or not isinstance(x, Tensor) or x.is_inference() else x._version

@@ -46,6 +46,11 @@ def _swap_in_modules(m: Weights) -> None:
     m._modules["learnt"], m._modules["dropin"] = m._modules["dropin"], m._modules["learnt"]
 
 
+def _replace_the_dict_of_parameters(m: Weights) -> None:
+    layer = m.list[0]
+    layer.__dict__["_parameters"] = {**layer._parameters, "weight": nn.Parameter(torch.randn(4, 4))}
+
+
 def _share_a_norm(m: Weights) -> None:
     m.list[0].spectral_norm = m.list[1][0].spectral_norm
 
@@ -110,6 +115,7 @@ CHANGES: dict[str, Callable[[Weights], object]] = {
     "layers swapped": _swap,
     "_modules": _add_in_modules,
     "_modules swapped": _swap_in_modules,
+    "_parameters": _replace_the_dict_of_parameters,
     "norm replaced": lambda m: setattr(m.list[0], "spectral_norm", fastsn.SpectralNorm(m.list[0].weight)),
     "norm shared": _share_a_norm,
     "weight shared": _tie,

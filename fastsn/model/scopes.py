@@ -173,8 +173,11 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
             for norm, own in zip(norms, cached, strict=False):
                 if compiling:
                     norm.cached.pop()
-                elif own in norm.cached:  # not of a call that was interrupted
-                    norm.cached.remove(own)
+                else:
+                    try:
+                        norm.cached.remove(own)
+                    except ValueError:  # of a call that was interrupted
+                        continue
 
     try:
         with recomputation.hide_from_checkpoint():  # includes parametrizations, which the recomputation may skip
@@ -186,7 +189,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
                         if not (fused or compiling):
                             batch.raise_on_second_backward(made)
                         weights = CachedWeights(batch, made, vectors, thread, not fused, compiling)
-                        cached = [(weights, i) for i in range(len(made))]
+                        cached = weights.entries()
                         opened.append((norms, cached))
                         for norm, own in zip(norms, cached, strict=True):
                             norm.cached.append(own)
