@@ -1,7 +1,7 @@
 """What a step of the Triton kernels costs before the GPU has anything to do: the time of Python and C++ with every
 launch replaced by nothing, for tensors of the CPU, which go the way of tensors of a GPU.
 
-    PYTHONPATH=.:tests python bench/triton_host_cost.py
+    PYTHONPATH=.:tests python bench/triton_host_cost.py --out bench/results/<machine>/triton_host_cost.json
 
 It leaves out Triton's own launch of a kernel, and what CUDA's allocator and streams take. Medians, in microseconds,
 once with memory that comes back to the same places in every step, as from torch's allocator for GPUs, and once with
@@ -15,10 +15,12 @@ fastsn, ``torch._foreach_mul`` of weights with one element. Both less a step wit
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,7 +29,7 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import triton
-from machine import commit, machine
+from machine import commit, machine, write
 from measure import Step, interleaved
 from torch import Tensor, nn
 from workloads import WORKLOADS, build
@@ -141,6 +143,9 @@ def check(weights: list[Tensor]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    out, rows = parser.parse_args().out, []
     found = machine()
     print(
         f"torch {torch.__version__}, Triton {triton.__version__}, {found['cpu']}, {found['fastsn']}, commit {commit()}"
@@ -154,8 +159,11 @@ def main() -> None:
             check(weights)
         for new in (False, True):
             with launches_replaced(), places(new):
-                row = [*microseconds(weights, plain).values(), TARGETS[workload.name]]
-            print(f"{workload.name:16}{'new' if new else 'same':>8}" + "".join(f"{us:18.0f}" for us in row))
+                times = microseconds(weights, plain)
+            row, kept = {**times, "target of step": TARGETS[workload.name]}, "new" if new else "same"
+            print(f"{workload.name:16}{kept:>8}" + "".join(f"{us:18.0f}" for us in row.values()))
+            rows.append({"workload": workload.name, "places": kept} | {f"{k}_us": round(x) for k, x in row.items()})
+    write(out, {"triton_host_cost": rows, "threads": torch.get_num_threads(), "triton": triton.__version__})
 
 
 if __name__ == "__main__":
