@@ -79,7 +79,8 @@ class Numbers {
 
 Numbers kinds, places;  // marked kinds: those that Python has prepared and can do again
 
-int64_t address_of(const Tensor& x) { return reinterpret_cast<int64_t>(x.const_data_ptr()); }
+// Where the kernels will find it: this copies a lazy clone, which lies where its original does until it is written to.
+int64_t address_of(const Tensor& x) { return reinterpret_cast<int64_t>(x.mutable_data_ptr()); }
 
 // How many words follow is in the first, so that different values never give the same ones.
 void describe(const IValue& value, Words& words) {
@@ -206,7 +207,8 @@ template <Op kOp>
 void call(const c10::OperatorHandle& op, Stack* stack) {
   static const auto in_python =
       c10::Dispatcher::singleton().findSchemaOrThrow((std::string("fastsn::_run_") + kNames[kOp]).c_str(), "");
-  const at::AutoDispatchBelowADInplaceOrView guard;
+  // Not below ADInplaceOrView: where torch serves instead of the kernels, it counts the changes of u and v there.
+  const at::AutoDispatchBelowAutograd guard;
   const size_t count = count_of(op);
   std::optional<Keys> keys;
   try {
