@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -210,14 +210,26 @@ def test_keys_of_lists_are_never_given_to_others():
     first = [torch.randn(2, 3), torch.randn(4)]
     layout, places = identified(first)
     assert identified(list(first)) == (layout, places)
-    others = [torch.randn(n) for n in range(1, 3000)]  # more than C++ remembers
-    found = [identified([x]) for x in others]
-    assert len({key for key, _ in found} | {layout}) == len({key for _, key in found} | {places}) == 3000
+    others = [torch.randn(n) for n in range(1, 700)]
+    found = [identified([x] * (1600 if isinstance(layout, int) else 1)) for x in others]  # more than C++ remembers
+    assert len({key for key, _ in found} | {layout}) == len({key for _, key in found} | {places}) == 700
     assert identified(first) in ((layout, places), identified(first))
+
+
+def test_single_layers_are_known_again_though_they_are_many():
+    layers = [[torch.zeros(2, 3)] for _ in range(1500)]
+    first = [identified(tensors) for tensors in layers]
+    assert [identified(tensors) for tensors in layers] == first
+    alike = memory.Tables([memory.Address(0), *range(18)])
+    at = memory.now(torch.device("cpu"))
+    for tensors in layers[:200]:
+        alike.get(tensors[0].data_ptr(), [tensors], at)
+    assert all(alike.known(tensors[0].data_ptr(), at) is not None for tensors in layers[:200])
 
 
 def test_threads_that_ask_at_once_get_keys_and_tables_of_their_own_lists(monkeypatch):
     monkeypatch.setattr(memory, "_TABLES", 8)
+    monkeypatch.setattr(memory, "_NUMBERS", 8)
     tables = memory.Tables([memory.Address(0), 7, memory.Address(1)])
     lists = [[torch.randn(3), torch.randn(4 + i % 5)] for i in range(40)]
     at = memory.now(torch.device("cpu"))
@@ -351,13 +363,26 @@ def test_tables_are_sent_by_a_stream_that_is_not_captured(monkeypatch):
         memory.stream_aside(torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_vectors_are_marked_as_changed_once_they_are_whoever_writes_them(dtype):
+def test_vectors_are_marked_as_changed_once_they_are_whoever_writes_them(dtype, mode):
     """float64 is served by the reference."""
     c = call([torch.randn(6, 4, 3, dtype=dtype)], [0])
     for before in range(3):
         assert {x._version for x in (*c.u, *c.v)} == {before}
-        c.iterate()
+        with mode():
+            c.iterate()
+            c.iterate(in_place=True)
+
+
+def test_vectors_made_in_inference_mode_are_updated_there_and_only_there():
+    with torch.inference_mode():
+        c = call([torch.randn(6, 4, 3)], [0])
+        before = c.u[0].clone()
+        for _ in range(3):
+            c.iterate(in_place=True)
+        assert not torch.equal(c.u[0], before)
+    with pytest.raises(RuntimeError, match=r"u\[0\] or v\[0\] was made in inference mode"):
         c.iterate(in_place=True)
 
 
