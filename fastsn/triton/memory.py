@@ -19,7 +19,9 @@ from triton.runtime import driver
 
 _RESERVE = 1 << 16  # int64 numbers that captures can take before the next eager call; twice as many after too few
 _COUNTERS = 4096
-_TABLES = 64  # tables that a plan keeps; a network whose gradients come back to the same places needs one
+# Tables that a plan keeps, or as many as have so many numbers. A network whose gradients come back to the same places
+# needs one; layers that are called on their own share a plan if they are alike, and need one each, which are small.
+_TABLES, _NUMBERS = 64, 1 << 13
 _STREAMS = 32  # that torch has for each device and priority
 _SECONDS = 10.0  # within which a table must have arrived on the device
 
@@ -207,7 +209,7 @@ class Tables:
             table = Sent(self._numbers + where[self._tensors], at)
             with self._lock:
                 self._known[places] = table
-                while len(self._known) > _TABLES:
+                while len(self._known) > max(_TABLES, _NUMBERS // self._numbers.numel()):
                     self._known.pop(next(iter(self._known)))
         keep(table, at)
         return table.here(at)
