@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -51,9 +50,11 @@ class Numbers {
     const std::lock_guard<std::mutex> guard(mutex_);
     const auto found = known_.find(words);
     if (found != known_.end()) return found->second;
-    if (known_.size() >= kKnown) {
+    words_ += words.size() + kEntry;
+    if (words_ > kWords) {
       known_.clear();
       marked_.clear();
+      words_ = words.size() + kEntry;
     }
     known_.emplace(words, ++last_);
     return last_;
@@ -70,7 +71,9 @@ class Numbers {
   }
 
  private:
-  static constexpr size_t kKnown = 1024;
+  // What is remembered takes 8 MiB at most: 400 calls for 100 weights, or the calls of thousands of single layers.
+  static constexpr size_t kWords = 1 << 20, kEntry = 16;
+  size_t words_ = 0;
   std::mutex mutex_;
   std::unordered_map<Words, int64_t, Hash> known_;
   std::unordered_set<int64_t> marked_;
@@ -79,7 +82,8 @@ class Numbers {
 
 Numbers kinds, places;  // marked kinds: those that Python has prepared and can do again
 
-int64_t address_of(const Tensor& x) { return reinterpret_cast<int64_t>(x.const_data_ptr()); }
+// Where the kernels will find it: this copies a lazy clone, which lies where its original does until it is written to.
+int64_t address_of(const Tensor& x) { return reinterpret_cast<int64_t>(x.mutable_data_ptr()); }
 
 // How many words follow is in the first, so that different values never give the same ones.
 void describe(const IValue& value, Words& words) {
@@ -165,9 +169,9 @@ std::optional<Tensors> launch(const Keys& keys, int64_t results, IValue sigma, I
   return stack.back().toTensorVector();
 }
 
+// None was made in inference mode, or Python would not do the call again.
 void changes(const IValue& list) {
-  for (const IValue& value : list.toListRef())
-    if (!value.toTensor().is_inference()) value.toTensor().unsafeGetTensorImpl()->bump_version();
+  for (const IValue& value : list.toListRef()) value.toTensor().unsafeGetTensorImpl()->bump_version();
 }
 
 template <Op kOp>
@@ -176,7 +180,7 @@ bool launched(const Keys& keys, size_t count, Stack* stack) {
   if constexpr (kOp == kIteration || kOp == kStoredIteration) {
     const std::optional<Tensors> found = launch(keys, 0, IValue(), IValue(), IValue());
     if (!found) return false;
-    if (kOp == kStoredIteration && argument(count - 1).toInt() > 0 && !c10::InferenceMode::is_enabled())
+    if (kOp == kStoredIteration && argument(count - 1).toInt() > 0)
       for (const size_t i : {1, 2}) changes(argument(i));
     torch::jit::drop(*stack, count);
     torch::jit::push(*stack, (*found)[0], (*found)[1]);
@@ -206,7 +210,8 @@ template <Op kOp>
 void call(const c10::OperatorHandle& op, Stack* stack) {
   static const auto in_python =
       c10::Dispatcher::singleton().findSchemaOrThrow((std::string("fastsn::_run_") + kNames[kOp]).c_str(), "");
-  const at::AutoDispatchBelowADInplaceOrView guard;
+  // Not below ADInplaceOrView: where torch serves instead of the kernels, it counts the changes of u and v there.
+  const at::AutoDispatchBelowAutograd guard;
   const size_t count = count_of(op);
   std::optional<Keys> keys;
   try {

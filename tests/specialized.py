@@ -1,6 +1,7 @@
 """Launches of whole lists through Triton's real JIT, with a driver that stands in for that of an sm_90 GPU: everything
 up to the launch itself, so that arguments are specialized as they will be. Prints, as JSON, what every list launches,
-the first time and again: per launch the kernel, what it was compiled to, and its arguments, tensors by their dtypes.
+the first time, again, and again with flat vectors that begin anywhere: per launch the kernel, what it was compiled to,
+and its arguments, tensors by their dtypes and whether they are aligned to 16 bytes.
 
 Run apart from the tests: there the kernels are made for the interpreter.
 """
@@ -20,6 +21,10 @@ CPU = torch.device("cpu")
 launched: list[list[Any]] = []
 
 
+def looks(x: Tensor) -> str:
+    return str(x.dtype) + (" not aligned" if x.data_ptr() % 16 else "")
+
+
 class Launcher:
     """What Triton makes for a compiled kernel, to launch it."""
 
@@ -28,7 +33,7 @@ class Launcher:
 
     def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
         _function, _metadata, _launch_metadata, _enter_hook, _exit_hook, *arguments = rest
-        found = [str(x.dtype if isinstance(x, Tensor) else x) for x in arguments]
+        found = [looks(x) if isinstance(x, Tensor) else str(x) for x in arguments]
         launched.append([*self.kernel, [x, y, z, stream], found])
 
 
@@ -57,6 +62,11 @@ class Driver:
         return CPU
 
 
+def moved(x: Tensor, begin: int) -> Tensor:
+    """The same numbers, where so many lie before them."""
+    return torch.cat([torch.zeros(begin), x])[begin:]
+
+
 def run(
     shapes: list[tuple[int, ...]],
     dims: list[int],
@@ -69,17 +79,18 @@ def run(
     from op_calls import call
 
     c = call([torch.randn(shape).to(dtype) for shape in shapes], dims, 3, scale, v_first)
-    sigma, vectors = torch.ones(len(c.u)), torch.ones(sum(x.numel() for x in (*c.u, *c.v)))
-    grad_sigma = torch.ones(len(dims)) if n == 2 else None
+    sizes = len(c.u), sum(x.numel() for x in (*c.u, *c.v)), len(dims)
+    flat = [*map(torch.ones, sizes), torch.ones(len(dims)) if n == 2 else None]
     found = []
-    for _ in range(2):
+    for begin in (0, 0, 1):
         launched.clear()
+        sigma, vectors, mean, grad_sigma = (x if x is None else moved(x, begin) for x in flat)
         launch.call("power_iteration_", *c.iteration(), n)
-        outputs, mean = launch.call("rescale", c.weights, c.scales, sigma, vectors, *c.numbers())
+        outputs, _ = launch.call("rescale", c.weights, c.scales, sigma, vectors, *c.numbers())
         bases = c.weights if c.scales else outputs
         launch.call("rescale_backward", outputs, grad_sigma, bases, c.scales, mean, vectors, *c.numbers())
         found.append(list(launched))
-    return dict(zip(("first", "again"), found, strict=True))
+    return dict(zip(("first", "again", "not aligned"), found, strict=True))
 
 
 if __name__ == "__main__":

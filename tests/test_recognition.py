@@ -3,8 +3,11 @@ are: a tensor that has changed under the same name is read as it is now."""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Hashable
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -207,14 +210,26 @@ def test_keys_of_lists_are_never_given_to_others():
     first = [torch.randn(2, 3), torch.randn(4)]
     layout, places = identified(first)
     assert identified(list(first)) == (layout, places)
-    others = [torch.randn(n) for n in range(1, 3000)]  # more than C++ remembers
-    found = [identified([x]) for x in others]
-    assert len({key for key, _ in found} | {layout}) == len({key for _, key in found} | {places}) == 3000
+    others = [torch.randn(n) for n in range(1, 700)]
+    found = [identified([x] * (1600 if isinstance(layout, int) else 1)) for x in others]  # more than C++ remembers
+    assert len({key for key, _ in found} | {layout}) == len({key for _, key in found} | {places}) == 700
     assert identified(first) in ((layout, places), identified(first))
+
+
+def test_single_layers_are_known_again_though_they_are_many():
+    layers = [[torch.zeros(2, 3)] for _ in range(1500)]
+    first = [identified(tensors) for tensors in layers]
+    assert [identified(tensors) for tensors in layers] == first
+    alike = memory.Tables([memory.Address(0), *range(18)])
+    at = memory.now(torch.device("cpu"))
+    for tensors in layers[:200]:
+        alike.get(tensors[0].data_ptr(), [tensors], at)
+    assert all(alike.known(tensors[0].data_ptr(), at) is not None for tensors in layers[:200])
 
 
 def test_threads_that_ask_at_once_get_keys_and_tables_of_their_own_lists(monkeypatch):
     monkeypatch.setattr(memory, "_TABLES", 8)
+    monkeypatch.setattr(memory, "_NUMBERS", 8)
     tables = memory.Tables([memory.Address(0), 7, memory.Address(1)])
     lists = [[torch.randn(3), torch.randn(4 + i % 5)] for i in range(40)]
     at = memory.now(torch.device("cpu"))
@@ -288,5 +303,95 @@ def test_captured_calls_have_counters_of_their_own_and_eager_calls_replenish_the
     assert second is not first
     memory.replenish(at.device)
     assert reserves[at.device] is second
-    with pytest.raises(RuntimeError, match="a step must have run once"):
+
+
+def test_captures_that_need_more_than_there_is_say_so_and_get_twice_as_much_after_an_eager_call(reserves):
+    at = captured()
+    memory.replenish(at.device)
+    with pytest.raises(RuntimeError, match="used up: run a step once more without capturing it"):
         memory.counters(600, at)
+    memory.replenish(at.device)
+    assert len(memory.counters(600, at)) >= 600
+    memory.replenish(at.device)
+    assert reserves[at.device].size == 512
+
+
+@pytest.mark.usefixtures("reserves")
+def test_a_reserve_made_in_inference_mode_serves_captures_outside_of_it():
+    at, x = captured(), torch.zeros(3)
+    with torch.inference_mode():
+        memory.replenish(at.device)
+    assert memory.Tables([memory.Address(0), 7]).get("places", [[x]], at).tolist() == [x.data_ptr(), 7]
+
+
+@pytest.mark.usefixtures("reserves")
+def test_of_threads_that_find_no_reserve_one_makes_it(monkeypatch):
+    """Another one would take the place of that from which a graph reads."""
+    made = []
+
+    class Slow(memory.Reserve):
+        def __init__(self, *arguments: object) -> None:
+            time.sleep(0.05)
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(memory, "Reserve", Slow)
+    threads = [threading.Thread(target=memory.replenish, args=(torch.device("cpu"),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_tables_are_sent_by_a_stream_that_is_not_captured(monkeypatch):
+    """torch hands out its streams in turn: that of a capture may come."""
+    streams, current = itertools.cycle(["captured", "captured too", "free"]), []
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: next(streams))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "captured" in current[-1])
+    assert memory.stream_aside(torch.device("cuda", 0)) == "free"
+    streams = itertools.repeat("captured")
+    with pytest.raises(RuntimeError, match="all of torch's streams of cuda:0 are being captured"):
+        memory.stream_aside(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectors_are_marked_as_changed_once_they_are_whoever_writes_them(dtype, mode):
+    """float64 is served by the reference."""
+    c = call([torch.randn(6, 4, 3, dtype=dtype)], [0])
+    for before in range(3):
+        assert {x._version for x in (*c.u, *c.v)} == {before}
+        with mode():
+            c.iterate()
+            c.iterate(in_place=True)
+
+
+def test_vectors_made_in_inference_mode_are_updated_there_and_only_there():
+    with torch.inference_mode():
+        c = call([torch.randn(6, 4, 3)], [0])
+        before = c.u[0].clone()
+        for _ in range(3):
+            c.iterate(in_place=True)
+        assert not torch.equal(c.u[0], before)
+    with pytest.raises(RuntimeError, match=r"u\[0\] or v\[0\] was made in inference mode"):
+        c.iterate(in_place=True)
+
+
+def test_a_lazy_clone_is_not_taken_for_its_original():
+    c = call([torch.randn(6, 4, 3)], [0])
+    for _ in range(2):
+        c.iterate(in_place=True)
+    before, clone = c.u[0].clone(), torch._lazy_clone(c.u[0])
+    weights, u, *rest = c.iteration()
+    ops.power_iteration_(weights, [clone, *u[1:]], *rest, 1)
+    assert torch.equal(c.u[0], before)
+    assert not torch.equal(clone, before)

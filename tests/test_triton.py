@@ -309,6 +309,7 @@ def test_weights_that_move_are_found_again_and_few_tables_are_kept(monkeypatch):
     from fastsn.triton import memory
 
     monkeypatch.setattr(memory, "_TABLES", 2)
+    monkeypatch.setattr(memory, "_NUMBERS", 2)
     c = call([torch.randn(6, 4, 3)], [0], 3)
     expected = c.iterate()
     held = []

@@ -110,3 +110,9 @@ def test_a_launch_that_goes_past_the_jit_is_the_same(launched):
         for each in found:
             assert len(each["first"]) >= 4
             assert each["again"] == each["first"]
+
+
+def test_a_launch_that_goes_past_the_jit_gets_flat_vectors_at_multiples_of_16_bytes(launched):
+    for found in launched.values():
+        for each in found:
+            assert each["not aligned"] == each["first"]

@@ -44,11 +44,11 @@ def prepared(
     def run(
         places: Hashable, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *_: Any
     ) -> tuple[Tensor, Tensor]:
-        if store and not torch.is_inference_mode_enabled():
-            if made_in_inference_mode:
+        if store:
+            if made_in_inference_mode and not torch.is_inference_mode_enabled():
                 name = f"u[{made_in_inference_mode[0]}] or v[{made_in_inference_mode[0]}]"
                 raise RuntimeError(f"{name} was made in inference mode and cannot be updated outside of it")
-            torch.autograd.graph.increment_version((*u, *v))
+            torch.autograd.graph.increment_version([x for x in (*u, *v) if not x.is_inference()])
         now = memory.now(device)
         if where_they_are:
             return plan.launch(plan.tables.get(places, (weights, u, v), now), now, n, store)

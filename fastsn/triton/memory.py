@@ -10,21 +10,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 
-_RESERVE = 1 << 16  # int64 numbers that captures can take before the next eager call
+_RESERVE = 1 << 16  # int64 numbers that captures can take before the next eager call; twice as many after too few
 _COUNTERS = 4096
-_TABLES = 64  # tables that a plan keeps; a network whose gradients come back to the same places needs one
+# Tables that a plan keeps, or as many as have so many numbers. A network whose gradients come back to the same places
+# needs one; layers that are called on their own share a plan if they are alike, and need one each, which are small.
+_TABLES, _NUMBERS = 64, 1 << 13
+_STREAMS = 32  # that torch has for each device and priority
 _SECONDS = 10.0  # within which a table must have arrived on the device
 
 _kept: list[Any] = []  # what graphs have seen
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 _reserves: dict[torch.device, Reserve] = {}
+_replenishing = threading.Lock()
 
 
 class Now(NamedTuple):
@@ -46,36 +50,41 @@ def now(device: torch.device) -> Now:
 
 
 class Reserve:
-    """Device memory for what captured launches read, which is never given to anybody else, and pinned memory to fill it
-    from. It begins as zeros.
+    """Device memory for what captured launches read, ``size`` int64 numbers that are never given to anybody else, and
+    pinned memory to fill it from. It begins as zeros.
 
     What is taken during a capture is filled at once, by a stream that is not being captured: the graph has nothing to
     copy when it runs. CUDA lets nobody wait for that stream meanwhile, so the numbers are followed by a mark, which
     is copied back.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.gpu = device.type == "cuda"
-        self.memory = torch.zeros(_RESERVE, dtype=torch.int64, device=device)
-        self.staging = torch.empty(_RESERVE, dtype=torch.int64, device="cpu", pin_memory=self.gpu)
-        self.arrived = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=self.gpu)
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device, self.size = device, size
+        with torch.inference_mode(False):  # or nothing could be copied to it outside of that mode
+            self.memory = torch.zeros(size, dtype=torch.int64, device=device)
+            self.staging = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+            self.arrived = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self.used = self.marks = 0
         self.lock = threading.Lock()
-        if self.gpu:
-            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self.stream.wait_stream(torch.cuda.current_stream(device))  # for the zeros
+        if device.type == "cuda":
+            self.zeroed = torch.cuda.current_stream(device).record_event()
+            self._find_stream()
 
     def is_low(self) -> bool:
         """Whether more than half of it has been taken."""
-        return 2 * self.used > _RESERVE
+        return 2 * self.used > self.size
+
+    def next_size(self) -> int:
+        """Of the reserve that comes after it: twice as large where captures needed more than there was."""
+        return 2 * self.size if self.used > self.size else self.size
 
     def take(self, count: int) -> slice:
         """Where so many numbers, and a mark, may lie. RuntimeError if there is not as much left."""
         with self.lock:
             begin = self.used
             self.used += -(-(count + 1) // 32) * 32  # parts begin at multiples of 256 bytes
-            if self.used > _RESERVE:
-                raise RuntimeError(_NOT_READY)
+            if self.used > self.size:
+                raise RuntimeError(_USED_UP)
             return slice(begin, begin + count + 1)
 
     def sent(self, numbers: Tensor) -> Tensor:
@@ -86,7 +95,7 @@ class Reserve:
             self.marks += 1
             staging[:-1] = numbers
             staging[-1] = self.marks
-            with torch.cuda.stream(self.stream) if self.gpu else nullcontext():
+            with self._aside():
                 place.copy_(staging, non_blocking=True)
                 self.arrived.copy_(place[-1:], non_blocking=True)
             end = time.monotonic() + _SECONDS
@@ -95,16 +104,50 @@ class Reserve:
                     raise RuntimeError(f"a table of addresses has not arrived on {place.device} in {_SECONDS:g} s")
         return place[:-1]
 
+    def _aside(self) -> AbstractContextManager[Any]:
+        """The stream that fills it."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if is_captured(self.stream):
+            self._find_stream()
+        return torch.cuda.stream(self.stream)
+
+    def _find_stream(self) -> None:
+        self.stream = stream_aside(self.device)
+        self.stream.wait_event(self.zeroed)
+
+
+def is_captured(stream: torch.cuda.Stream) -> bool:
+    """Whether what it is given goes into a graph."""
+    with torch.cuda.stream(stream):
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+def stream_aside(device: torch.device) -> torch.cuda.Stream:
+    """One that is not being captured: torch hands out the same few, in turn, to all who ask for a stream."""
+    for _ in range(_STREAMS):
+        stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if not is_captured(stream):
+            return stream
+    raise RuntimeError(f"all of torch's streams of {device} are being captured")
+
 
 _NOT_READY = "a step must have run once, as it is, before it is captured into a CUDA graph"
+_USED_UP = (
+    "the memory for tables of captured calls is used up: run a step once more without capturing it, which makes more, "
+    "then capture again"
+)
 
 
 def replenish(device: torch.device) -> None:
     """Have a reserve for captures to come."""
     reserve = _reserves.get(device)
-    if reserve is None or reserve.is_low():
-        _kept.extend([reserve] if reserve else [])  # graphs read from it
-        _reserves[device] = Reserve(device)
+    if reserve is not None and not reserve.is_low():
+        return
+    with _replenishing:  # of threads that find it low, one makes the next
+        if _reserves.get(device) is reserve:
+            _kept.extend([reserve] if reserve else [])  # graphs read from it
+            _reserves[device] = Reserve(device, reserve.next_size() if reserve else _RESERVE)
 
 
 def _reserve(device: torch.device) -> Reserve:
@@ -166,7 +209,7 @@ class Tables:
             table = Sent(self._numbers + where[self._tensors], at)
             with self._lock:
                 self._known[places] = table
-                while len(self._known) > _TABLES:
+                while len(self._known) > max(_TABLES, _NUMBERS // self._numbers.numel()):
                     self._known.pop(next(iter(self._known)))
         keep(table, at)
         return table.here(at)

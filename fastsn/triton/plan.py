@@ -118,6 +118,12 @@ class Kernel:
             self._compiled = compiled
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor without gaps at a multiple of 16 bytes, as ``Kernel`` wants it: a copy, if it is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def by_size(weights: Sequence[Weight]) -> list[int]:
     """Large weights first, so that what their last programs do is hidden behind the rest."""
     return sorted(range(len(weights)), key=lambda i: -weights[i].arrangement.numel)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsn.tensor_lists import DTYPES, FLOAT32, allocate
 from fastsn.triton import memory
 from fastsn.triton import rescale as kernels
-from fastsn.triton.plan import TYPES, Kernel, Kinds, Launch, Weight, by_size, vector_places
+from fastsn.triton.plan import TYPES, Kernel, Kinds, Launch, Weight, aligned, by_size, vector_places
 from fastsn.triton.settings import Settings, vector_width
 
 _SETTLED = 1024  # chunks whose sums are added at a time
@@ -120,7 +120,7 @@ class _Forward(_Plan):
     def _launch(self, table: Tensor, now: memory.Now, sigma: Tensor) -> Tensor:
         memory.keep(self, now)
         mean = torch.empty(len(self.weights), dtype=torch.float32, device=self.device)
-        self.rescale.launch(self.programs, table, self.work.here(now), sigma.contiguous(), mean)
+        self.rescale.launch(self.programs, table, self.work.here(now), aligned(sigma), mean)
         return mean
 
 
@@ -223,11 +223,11 @@ class _Backward(_Plan):
     ) -> None:
         memory.keep(self, now)
         count = len(self.weights)
-        # Both aligned, whatever the list: the JIT compiles anew for an argument that is not.
+        # Both aligned, whatever the list.
         dots = torch.empty(self.total_chunks, dtype=torch.float32, device=self.device)
         coefficients = torch.empty(3 * count, dtype=torch.float32, device=self.device)
-        sigma, vectors = sigma.contiguous(), vectors.contiguous()
-        given = sigma if grad_sigma is None else grad_sigma.contiguous()
+        sigma, vectors = aligned(sigma), aligned(vectors)
+        given = sigma if grad_sigma is None else aligned(grad_sigma)
         self.inner_products.launch(
             self.many_products,
             *(table, self.products.here(now), sigma, given, int(grad_sigma is not None), dots, coefficients),
