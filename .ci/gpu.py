@@ -9,7 +9,7 @@ python .ci/gpu.py 1 2 3 --rehearse      # without a GPU, in Triton's interpreter
 Seconds, at most, in this order, which is that of what is worth knowing first: a part with a smaller --limit leaves out
 the last.
 
-1    versions 40 (takes 10), build 90 (takes 40), tests of training 60, tests on the GPU what is left (takes 180 with 15
+1    versions 40 (takes 10), build 90 (takes 40), tests of training 90, tests on the GPU what is left (takes 180 with 15
      workers, the two steps beside it included), training steps 130
 2    versions and build, device times 60, training share 50, a step of ImageNet 100, a step by every method 60,
      contestants what is left (takes 150), report 20
@@ -114,7 +114,7 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
         1: [
             *prepare,
             # Their default device is the CPU, unlike that of the others.
-            Step("tests of training", 60, [*workers, *OF_TRAINING], {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}),
+            Step("tests of training", 90, [*workers, *OF_TRAINING], {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}),
             Step("stress", 0, [*stress, "2", "--weights", weights] if rehearse else [*stress, "1000"], beside=True),
             # An allocation of its own for every tensor: what lies past the end of one is then nobody's.
             Step(

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,7 +78,9 @@ def test_who_fails_has_its_error_in_its_row_and_the_others_their_figures(trainin
     setting = discriminator.Setting(2, 4)
     without_a_gpu = training_step.steps_of(captured, setting, 0)
     assert [row["contestant"] for row in without_a_gpu] == list(captured.contestants)
-    assert all(("CUDA" in row["error"] or "NVIDIA" in row["error"]) and len(row["error"]) <= 410 for row in without_a_gpu)
+    assert all(
+        ("CUDA" in row["error"] or "NVIDIA" in row["error"]) and len(row["error"]) <= 410 for row in without_a_gpu
+    )
     wrong = dataclasses.replace(discriminator.NORMALIZATIONS["torch SN"], bssn=True)  # another scale
     monkeypatch.setitem(discriminator.NORMALIZATIONS, "torch SN", wrong)
     rows = {row["contestant"]: row for row in training_step.steps_of(eager, setting, 0)}
@@ -119,6 +123,22 @@ def test_what_follows_an_error_is_measured_in_another_process(training_step, dis
     assert results["groups"][0] == "eager"
     assert len(results["normalization_alone"]) == 2
     assert len(started) == 1
+
+
+def test_device_time_is_that_of_kernels_and_not_of_ranges_with_a_name(discriminator, monkeypatch):  # noqa: ARG001
+    import measure
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    kinds = [("kernel", cuda, 3.0, False), ("Memset", cuda, 1.0, False), ("Optimizer.step#Adam.step", cuda, 9.0, True)]
+    events = [
+        SimpleNamespace(name=name, device_type=kind, device_time=us, is_user_annotation=named)
+        for name, kind, us, named in [*kinds, ("launch", cpu, 5.0, False)] * 2
+    ]
+    profile = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(profile))
+    steps = []
+    assert measure.on_the_device(lambda: steps.append(1), 2) == (pytest.approx(4e-6), 2)
+    assert len(steps) == 2
 
 
 def test_an_interrupt_loses_only_the_group_it_comes_in(training_step, monkeypatch, tmp_path):
