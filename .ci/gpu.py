@@ -1,12 +1,25 @@
 """Everything there is to know of a GPU, in three parts of nine minutes at most. Nothing is installed.
 
-python .ci/gpu.py 1      # does it work, how fast: tests on the GPU, device time of every kernel, races
-python .ci/gpu.py 2      # what users see: a training step, the contestants
-python .ci/gpu.py 3      # a step of ImageNet, compute-sanitizer, the tests on the CPU of its machine
+python .ci/gpu.py 1      # does it work: all tests that a GPU can run, races and compute-sanitizer beside them; what a
+                         # training step takes
+python .ci/gpu.py 2      # how fast: device time of every kernel, whole steps of training, the contestants
+python .ci/gpu.py 3      # ncu, every launch setting, the tests on the CPU of its machine
 python .ci/gpu.py 1 2 3 --rehearse      # without a GPU, in Triton's interpreter: a little of each, to see that it runs
 
-A part leaves one log of all its steps, and what they have measured, in --out. A step that fails does not keep the
-others from running, and one whose time is over is interrupted: pytest and the scripts then write what they have.
+Seconds, at most, in this order, which is that of what is worth knowing first: a part with a smaller --limit leaves out
+the last.
+
+1    versions 40 (takes 10), build 90 (takes 40), tests of training 90, tests on the GPU what is left (takes 180 with 15
+     workers, the two steps beside it included), training steps 130
+2    versions and build, device times 60, training share 50, a step of ImageNet 100, a step by every method 60,
+     contestants what is left (takes 150), report 20
+3    versions and build, ncu 60, device times of every setting 120, tests on its machine what is left
+
+With 15 minutes of a machine: part 1, then part 2 with --limit 330 on the same machine.
+
+A part leaves one log of its steps, one of each that runs beside others, and what they have measured, in --out. A step
+that fails does not keep the others from running, and one whose time is over is interrupted: pytest and the scripts then
+write what they have. Tests are named in the log as they end, and those that have failed are printed.
 """
 
 from __future__ import annotations
@@ -18,15 +31,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 540  # seconds of a part
+FAILURES = 30  # tests that are named in what is printed
 GRACE = 15  # seconds in which a step that is interrupted may write its results
 ON_THE_GPU = ["triton", "gpu", "op_errors", "ops", "layers", "step", "fuse", "recomputation", "state_safety"]
-ON_THE_GPU += ["gradients", "parity_with_torch"]
+ON_THE_GPU += ["gradients", "parity_with_torch", "plan", "plan_lifetimes", "threads", "recognition", "recompute"]
+ON_THE_GPU += ["changed_weights", "stacked_norms"]
+OF_TRAINING = ["tests/test_cuda_graph.py", "tests/test_training_step_waits.py"]
 VERSIONS = """
 import os, platform, sys, torch, triton, fastsn
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
@@ -53,13 +69,14 @@ class Step(NamedTuple):
     seconds: float | None
     command: list[str]
     environment: dict[str, str] = {}  # noqa: RUF012 - never changed
+    beside: bool = False  # runs while the next step does that is not, and ends with it
 
 
 def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     """The steps of every part. A part may be the first that a machine sees."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    count = min(os.cpu_count() or 1, 2 if rehearse else 16)
+    count = min(os.cpu_count() or 1, 2 if rehearse else 15)
     # Verbose: where time runs out, the log names what has failed until then.
     workers = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     workers += ["--dist", "worksteal", "-n", str(count)]
@@ -96,17 +113,26 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
     return {
         1: [
             *prepare,
-            Step("tests on the GPU", 150, [*workers, *on_the_gpu], device),
-            Step("device times", None, [*times, "--out", str(out / "device_times.json")]),
-            Step("waits of training", 35, [*workers, "tests/test_training_step_waits.py", "tests/test_cuda_graph.py"]),
-            Step("stress", 60, [*stress, "2", "--weights", weights] if rehearse else [*stress, "3000"]),
-            Step("ncu", 60, [*ncu, *times, "--once"]),
+            # Their default device is the CPU, unlike that of the others.
+            Step("tests of training", 90, [*workers, *OF_TRAINING], {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}),
+            Step("stress", 0, [*stress, "2", "--weights", weights] if rehearse else [*stress, "1000"], beside=True),
+            # An allocation of its own for every tensor: what lies past the end of one is then nobody's.
+            Step(
+                "sanitizer",
+                0,
+                [*sanitizer, *stress, "1", "--weights", weights],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                beside=True,
+            ),
+            Step("tests on the GPU", None, [*workers, *on_the_gpu], device),
+            Step("training steps", 130, training),
         ],
         2: [
             *prepare,
-            Step("training steps", 130, training),
+            Step("device times", 60, [*times, "--out", str(out / "device_times.json")]),
+            Step("training share", 50, [python, "bench/training_share.py", "--out", str(out / "training_share.json")]),
+            Step("a step of ImageNet", 100, imagenet),
             Step("a step by every method", 60, methods),
-            Step("training share", 60, [python, "bench/training_share.py", "--out", str(out / "training_share.json")]),
             Step(
                 "contestants",
                 None,
@@ -116,14 +142,8 @@ def parts(out: Path, rehearse: bool) -> dict[int, list[Step]]:
         ],
         3: [
             *prepare,
-            Step("a step of ImageNet", 150, imagenet),
-            # An allocation of its own for every tensor: what lies past the end of one is then nobody's.
-            Step(
-                "sanitizer",
-                110,
-                [*sanitizer, *stress, "1", "--weights", weights],
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            ),
+            Step("ncu", 60, [*ncu, *times, "--once"]),
+            Step("device times of every setting", 120, [*times, "--out", str(out / "device_times_of_settings.json")]),
             Step(
                 "tests on its machine",
                 None,
@@ -141,10 +161,15 @@ def _can_be_interrupted() -> None:
 
 def run(step: Step, log: IO[str], seconds: float) -> str:
     """How it ended, its output in the log."""
+    return end(step, start(step, log), seconds)
+
+
+def start(step: Step, log: IO[str]) -> subprocess.Popen[bytes] | None:
+    """None: what is to be run is not here."""
     if shutil.which(step.command[0]) is None:
-        return f"FAILED, {step.command[0]} is not here"
+        return None
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         step.command,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -153,6 +178,12 @@ def run(step: Step, log: IO[str], seconds: float) -> str:
         start_new_session=True,
         preexec_fn=_can_be_interrupted,
     )
+
+
+def end(step: Step, process: subprocess.Popen[bytes] | None, seconds: float) -> str:
+    """How it ended, in so many seconds from now."""
+    if process is None:
+        return f"FAILED, {step.command[0]} is not here"
     try:
         code = process.wait(seconds)
         return f"FAILED with {code}" if code else "passed"
@@ -170,21 +201,38 @@ def run(step: Step, log: IO[str], seconds: float) -> str:
 def run_part(number: int, steps: list[Step], out: Path, limit: float = LIMIT) -> bool:
     """Whether all went well, in so many seconds. Prints the end of what every step has to say."""
     begin, well = time.monotonic(), True
-    with (out / f"gpu-{number}.log").open("w+") as log:
+    beside: list[tuple[Step, subprocess.Popen[bytes] | None, IO[str], float]] = []
+    with (out / f"gpu-{number}.log").open("w+") as log, ExitStack() as logs:
         for i, step in enumerate(steps):
+            since = time.monotonic()
+            if step.beside:
+                own = logs.enter_context((out / f"gpu-{number}-{step.name}.log").open("w+"))
+                beside.append((step, start(step, own), own, since))
+                continue
             print(f"== {step.name}: {' '.join(step.command)[:200]}", file=log, flush=True)
-            here, start = log.seek(0, os.SEEK_END), time.monotonic()
-            left = limit - GRACE - (start - begin)
+            here = log.seek(0, os.SEEK_END)
+            left = limit - GRACE - (since - begin)
             seconds = left - sum(x.seconds or 0 for x in steps[i + 1 :]) if step.seconds is None else step.seconds
             said = run(step, log, max(min(seconds, left), 1))
-            log.seek(here)
-            lines = log.read().splitlines()
-            print(f"== part {number}, {step.name}: {said} in {time.monotonic() - start:.0f} s", file=log, flush=True)
-            print(f"== part {number}, {step.name}: {said} in {time.monotonic() - start:.0f} s")
-            print(*(line[:160] for line in lines[-15 if said.startswith("passed") else -40 :]), sep="\n", flush=True)
-            well &= said.startswith("passed")
+            well &= _report(f"part {number}, {step.name}", said, log, here, since)
+            for other, process, own, then in beside:
+                well &= _report(f"part {number}, {other.name}", end(other, process, 1), own, 0, then)
+            beside = []
             if step.name == "versions" and not well:
                 break
+    return well
+
+
+def _report(name: str, said: str, log: IO[str], here: int, since: float) -> bool:
+    """Print how a step has ended, here and in its log, with the end of what it says there. Whether it ended well."""
+    log.seek(here)
+    lines = log.read().splitlines()
+    ended = f"== {name}: {said} in {time.monotonic() - since:.0f} s"
+    print(ended, file=log, flush=True)
+    well = said.startswith("passed")
+    shown = 15 if well else 40
+    failed = [line for line in lines[:-shown] if "] FAILED " in line][:FAILURES]
+    print(ended, *(line[:160] for line in [*failed, *lines[-shown:]]), sep="\n", flush=True)
     return well
 
 

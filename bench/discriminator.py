@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import gate
@@ -142,10 +142,16 @@ def captured(train: TrainingStep) -> Loss:
     return capture(train.update)
 
 
+@cache
+def _stream_of_captures() -> torch.cuda.Stream:
+    """One for all: torch hands out 32 by turns, and the one that a capture is on must not be anybody else's."""
+    return torch.cuda.Stream()
+
+
 def capture(step: Loss) -> Loss:
     """The replay of a step in a CUDA graph, once it has run on the stream of the capture. It returns what the step
     returned, overwritten by each replay."""
-    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    before, side = torch.cuda.current_stream(), _stream_of_captures()
     side.wait_stream(before)
     graph = torch.cuda.CUDAGraph()
     try:

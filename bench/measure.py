@@ -77,8 +77,21 @@ def on_the_device(step: Step, times: int = 5) -> tuple[float, float]:
         for _ in range(times):
             step()
         _synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        event
+        for event in profile.events()  # a range that has a name, such as Adam's step, is there beside its kernels
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
     return sum(event.device_time for event in events) * 1e-6 / times, len(events) / times
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error, and the first of those that it followed: where a capture fails, its end does too, and says less."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    said = [" ".join(f"{type(x).__name__}: {x}".split())[:200] for x in (error, first)]
+    return said[0] if first is error else " after ".join(said)
 
 
 def peak_cuda_bytes(step: Step) -> int:

@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
 from machine import write
+from measure import in_a_line
 
 from gan import streams
 from gan.captured import EAGER_STEPS, CudaGraph
@@ -86,7 +87,7 @@ def captured_as_well(steps: dict[str, Callable[[], None]]) -> dict[str, str]:
             step()
         torch.cuda.synchronize()
     except RuntimeError as error:
-        return {"whole step, CUDA graph": f"failed: {str(error).splitlines()[0]}"}
+        return {"whole step, CUDA graph": f"failed: {in_a_line(error)}"}
     steps["whole step, CUDA graph"] = step
     return {}
 

@@ -5,8 +5,9 @@ The CNN discriminator of CIFAR10 on real and fake images, hinge loss, backward, 
 compiled, compiled with the compiler's CUDA graphs, and the whole step in one CUDA graph, with variants of precision and
 layout. Those of a group take turns; each is compared with no normalization in the same round, after a check of what it
 computes. Then normalization alone: forward and backward of all weights. What is worth knowing first comes first, and
-the file has every group that is done. What raises has its error in the file instead of figures. Without a GPU: eager
-and compiled; --width 4 makes the network small.
+the file has every group that is done. What raises has its error in the file instead of figures, and what follows its
+group is measured in a process of its own: a capture that failed, or a kernel, may have left this one unable to go on.
+Without a GPU: eager and compiled; --width 4 makes the network small.
 
 Of every row: wall_ms, the median until the results are there; on a GPU host_ms, until the call returns; device_ms and
 kernels, the time of all kernels and copies and how many they are. normalization_ms is the median of the differences to
@@ -17,7 +18,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -70,6 +74,7 @@ ALONE = [
 ]
 
 Figures = dict[str, Any]
+WRONG = "AssertionError"  # the error of what runs, and computes something else
 
 
 def compared(
@@ -97,7 +102,7 @@ def compared(
 
 
 def _failed(error: Exception) -> Figures:
-    return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
+    return {"error": measure.in_a_line(error)}
 
 
 def steps_of(
@@ -178,19 +183,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of the turns of each group")
     parser.add_argument("--batch", type=int, default=Setting().batch)
     parser.add_argument("--width", type=int, default=Setting().width)
+    parser.add_argument("--go-on", action="store_true", help="after the groups that are in OUT.json")
     arguments = parser.parse_args()
     if DEVICE.type == "cpu":
         print(f"without a GPU no {' and no '.join(ON_A_GPU)} steps", flush=True)
-    results: dict[str, list[Figures]] = {"steps": [], "normalization_alone": []}
-    for name, kind, measured in groups(Setting(arguments.batch, arguments.width), arguments.seconds):
+    results: dict[str, list[Any]] = {"steps": [], "normalization_alone": [], "groups": []}
+    if arguments.go_on:
+        results = json.loads(arguments.out.read_text())["results"]
+    planned = groups(Setting(arguments.batch, arguments.width), arguments.seconds)
+    for name, kind, measured in planned[len(results["groups"]) :]:
         begin = time.monotonic()
         rows = [{k: _short(v) for k, v in row.items()} for row in measured()]
         results[kind] += rows
+        results["groups"].append(name)
         write(arguments.out, results)
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         for row in rows:
             said = [f"{k} {v}" for k, v in row.items() if isinstance(v, float) or k == "error"]
             print(f"  {row['contestant']}: {', '.join(said)}", flush=True)
+        if any(not row.get("error", WRONG).startswith(WRONG) for row in rows):
+            go_on = [] if arguments.go_on else ["--go-on"]
+            os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:], *go_on])
         torch.compiler.reset()
         gc.collect()
 

@@ -1,5 +1,6 @@
 """Where the tests run. FASTSN_TEST_ON=cuda: everything on the GPU. FASTSN_TEST_ON=interpreter: Triton's interpreter is
-in the place of the C++ kernels. Otherwise on the CPU, as users would, and on the interpreter where a test asks for it.
+in the place of the C++ kernels. Otherwise on the CPU, as users would, and on the interpreter where a test asks for it;
+with TRITON_INTERPRET=0, which is for machines with a GPU, the tests of training that are for one run there.
 """
 
 import os
@@ -20,7 +21,7 @@ if ON == "cuda":
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
 else:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 # Of the compiler, when it is imported: each of its workers would import torch, for a kernel or two.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 

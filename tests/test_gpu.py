@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import fastsn
 from conftest import ON
+from on_a_gpu import waits_are_errors
 
 # Not wherever there is a GPU: without FASTSN_TEST_ON=cuda the kernels are those of the interpreter, for CPU tensors.
 pytestmark = pytest.mark.skipif(ON != "cuda", reason="needs a GPU, and FASTSN_TEST_ON=cuda")
@@ -89,14 +89,9 @@ def test_a_warm_step_waits_for_nothing():
     real, fake = images()
     for _ in range(3):
         train(net, optimizer, real, fake)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         for _ in range(3):
             train(net, optimizer, real, fake)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_runs_give_the_same_bits():

@@ -117,7 +117,39 @@ def test_parts_fit_in_their_time_and_name_files_that_exist(make_gpu, rehearse):
         assert all((ROOT / name).exists() for name in files)
         assert len({word for word in words if "out/" in word}) <= 7  # and the log
         assert [step.seconds for step in steps].count(None) == 1
-        assert sum(step.seconds or 90 for step in steps) <= make_gpu.LIMIT - make_gpu.GRACE
+        assert sum(90 if step.seconds is None else step.seconds for step in steps) <= make_gpu.LIMIT - make_gpu.GRACE
+        assert not steps[-1].beside
+
+
+def test_steps_beside_another_have_logs_of_their_own_and_end_with_it(make_gpu, tmp_path, capsys):
+    mark = tmp_path / "mark"
+    slow = "import sys, time, pathlib; print('begins', flush=True); pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    waits = "import sys, time, pathlib\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    steps = [
+        make_gpu.Step("slow", 0, [sys.executable, "-c", slow, str(mark)], beside=True),
+        make_gpu.Step("missing", 0, ["no-such-program"], beside=True),
+        make_gpu.Step("main", 50, [sys.executable, "-c", waits, str(mark)]),
+        make_gpu.Step("next", 50, [sys.executable, "-c", "print('after it')"]),
+    ]
+    begin = time.monotonic()
+    assert not make_gpu.run_part(1, steps, tmp_path)
+    assert time.monotonic() - begin < 50
+    said = [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
+    assert said == [
+        "== part 1, main: passed",
+        "== part 1, slow: OUT OF TIME",
+        "== part 1, missing: FAILED, no-such-program is not here",
+        "== part 1, next: passed",
+    ]
+    assert (tmp_path / "gpu-1-slow.log").read_text().startswith("begins\n")
+
+
+def test_failed_tests_are_named_wherever_the_log_has_them(make_gpu, tmp_path, capsys):
+    code = "print('[gw3] [  1%] FAILED tests/test_it.py::test_that ', *range(100), sep='\\n'); raise SystemExit(1)"
+    make_gpu.run_part(1, [make_gpu.Step("tests", 50, [sys.executable, "-c", code])], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("[gw3] [  1%] FAILED tests/test_it.py::test_that")
+    assert lines[2] == "60"
 
 
 def test_a_result_that_changes_now_and_then_is_counted():

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gan.config import Config
 from gan.training import Training
 from gan_rank_jobs import TINY, batches
+from on_a_gpu import HAS_KERNELS, waits_are_errors
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda" if HAS_KERNELS else "cpu")
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 RUNS = {
     "CNN, BSSN, a penalty": ({"norm": "bssn", "scale": 1.3, "gradient_penalty": 1.0, "ema": 0.9}, 0),
@@ -81,8 +82,5 @@ def test_no_operator_needs_a_value(run):
 def test_nothing_waits_for_the_gpu(run):
     training, given = training_and_batches(run)
     batch = [next(given) for _ in range(training.config.n_dis)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         training.advance(iter(batch))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

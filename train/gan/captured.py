@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ class CudaGraph:
     """torch.cuda.CUDAGraph."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._graph, self._stream = device, torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        self._device, self._graph, self._stream = device, torch.cuda.CUDAGraph(), _stream_of_captures(device)
 
     def aside(self, work: Callable[[], T]) -> T:
         """On a stream of its own, as torch wants it: on the default stream, autograd would make a capture wait for
@@ -46,13 +47,24 @@ class CudaGraph:
         return result
 
     def capture(self, work: Callable[[], T]) -> T:
-        """Remember the kernels."""
-        with torch.cuda.graph(self._graph):
-            return work()
+        """Remember the kernels. On the stream where the steps before it ran: what libraries keep for a stream, such as
+        cuBLAS its workspace, is there."""
+        here = torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                return work()
+        finally:  # a capture that fails stays on its stream
+            torch.cuda.set_stream(here)
 
     def replay(self) -> None:
         """On the current stream."""
         self._graph.replay()
+
+
+@cache
+def _stream_of_captures(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs. torch hands out 32 by turns: the one that a capture is on must not be anybody else's."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class CapturedStep:
