@@ -9,7 +9,7 @@ python .ci/gpu.py 1 2 3 --rehearse      # without a GPU, in Triton's interpreter
 Seconds, at most, in this order, which is that of what is worth knowing first: a part with a smaller --limit leaves out
 the last.
 
-1    versions 40, build 90, tests of training 90, tests on the GPU what is left (an H200 with 16 cores took 180 for 1,700
+1    versions 40, build 90, tests of training 90, tests on the GPU what is left (an H200 and 16 cores took 180 for 1,700
      with 15 workers and the two steps beside them), training steps 130
 2    versions 40, build 90, device times 60, training share 50, a step of ImageNet 100, a step by every method 60,
      contestants what is left, report 20
