@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-_RESERVE = 1 << 16  # int64 numbers that captures can take before the next eager call; twice as many after too few
+_RESERVE = 1 << 17  # int64 numbers that captures can take before the next eager call; twice as many after too few
 _COUNTERS = 4096
 # Tables that a plan keeps, or as many as have so many numbers. A network whose gradients come back to the same places
 # needs one; layers that are called on their own share a plan if they are alike, and need one each, which are small.
