@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -159,15 +160,41 @@ std::tuple<Tensors, int64_t> allocate(at::TensorList like, at::IntArrayRef dtype
   return {std::move(results), places.of(place)};
 }
 
-// What Python gives for a call that it has prepared: nothing if it does not know these places.
-std::optional<Tensors> launch(const Keys& keys, int64_t results, IValue sigma, IValue vectors, IValue grad_sigma) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastsn::_launch", "");
-  Stack stack;
-  torch::jit::push(stack, keys.kind, keys.place, results, std::move(sigma), std::move(vectors), std::move(grad_sigma));
-  op.callBoxed(&stack);
-  if (stack.back().isNone()) return std::nullopt;
-  return stack.back().toTensorVector();
-}
+// A call that Python has prepared, with what it is given of it: results that lie at ``place``, and tensors.
+struct Launch {
+  Keys keys;
+  at::ArrayRef<IValue> arguments;
+  Tensors results;
+  int64_t place;
+  IValue sigma, vectors, grad_sigma;
+
+  // What the op gives beside the results. Python is told where all tensors lie if it does not know these places.
+  std::optional<Tensors> run() const {
+    std::optional<Tensors> found = ask(IValue());
+    return found ? found : ask(addresses());
+  }
+
+ private:
+  std::optional<Tensors> ask(IValue addresses) const {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastsn::_launch", "");
+    Stack stack;
+    torch::jit::push(stack, keys.kind, keys.place, place, std::move(addresses), sigma, vectors, grad_sigma);
+    op.callBoxed(&stack);
+    if (stack.back().isNone()) return std::nullopt;
+    return stack.back().toTensorVector();
+  }
+
+  IValue addresses() const {
+    Words found;
+    for (const IValue& argument : arguments) {
+      if (!argument.isList()) continue;
+      for (const IValue& value : argument.toListRef())
+        if (value.isTensor()) found.push_back(address_of(value.toTensor()));
+    }
+    for (const Tensor& x : results) found.push_back(address_of(x));
+    return IValue(std::move(found));
+  }
+};
 
 // None was made in inference mode, or Python would not do the call again.
 void changes(const IValue& list) {
@@ -177,27 +204,33 @@ void changes(const IValue& list) {
 template <Op kOp>
 bool launched(const Keys& keys, size_t count, Stack* stack) {
   const auto argument = [&](size_t i) -> const IValue& { return torch::jit::peek(*stack, i, count); };
+  Launch call{keys, torch::jit::last(*stack, count), {}, 0, {}, {}, {}};
   if constexpr (kOp == kIteration || kOp == kStoredIteration) {
-    const std::optional<Tensors> found = launch(keys, 0, IValue(), IValue(), IValue());
+    const std::optional<Tensors> found = call.run();
     if (!found) return false;
     if (kOp == kStoredIteration && argument(count - 1).toInt() > 0)
       for (const size_t i : {1, 2}) changes(argument(i));
     torch::jit::drop(*stack, count);
     torch::jit::push(*stack, (*found)[0], (*found)[1]);
   } else if constexpr (kOp == kRescale) {
-    auto [results, place] = allocate(argument(0).toTensorVector(), argument(8).toIntVector());
-    const std::optional<Tensors> found = launch(keys, place, argument(2), IValue(), IValue());
+    std::tie(call.results, call.place) = allocate(argument(0).toTensorVector(), argument(8).toIntVector());
+    call.sigma = argument(2);
+    const std::optional<Tensors> found = call.run();
     if (!found) return false;
     torch::jit::drop(*stack, count);
-    torch::jit::push(*stack, std::move(results), (*found)[0]);
+    torch::jit::push(*stack, std::move(call.results), (*found)[0]);
   } else {
     Tensors like = argument(2).toTensorVector();
     const Tensors scales = argument(3).toTensorVector();
     std::vector<int64_t> dtypes = argument(10).toIntVector();
     like.insert(like.end(), scales.begin(), scales.end());
     dtypes.resize(like.size(), static_cast<int64_t>(at::kFloat));
-    auto [results, place] = allocate(like, dtypes);
-    if (!launch(keys, place, argument(4), argument(5), argument(1))) return false;
+    std::tie(call.results, call.place) = allocate(like, dtypes);
+    call.sigma = argument(4);
+    call.vectors = argument(5);
+    call.grad_sigma = argument(1);
+    if (!call.run()) return false;
+    Tensors& results = call.results;
     Tensors d_scales(results.end() - static_cast<int64_t>(scales.size()), results.end());
     results.resize(results.size() - scales.size());
     torch::jit::drop(*stack, count);
@@ -267,8 +300,8 @@ TORCH_LIBRARY_FRAGMENT(fastsn, m) {
   m.def("_allocate(Tensor[] like, int[] dtypes) -> (Tensor[], int)", &fastsn::allocate);
   m.def("_mark_as_prepared(int kind) -> ()", [](int64_t kind) { fastsn::kinds.mark(kind); });
   m.def(
-      "_launch(int kind, int places, int places_of_results, Tensor? sigma, Tensor? vectors, Tensor? grad_sigma) "
-      "-> Tensor[]?");
+      "_launch(int kind, int places, int places_of_results, int[]? addresses, Tensor? sigma, Tensor? vectors, "
+      "Tensor? grad_sigma) -> Tensor[]?");
   m.def("_take_cpu_calls(bool take) -> ()", &fastsn::take_cpu_calls);
 }
 

@@ -224,7 +224,7 @@ def test_single_layers_are_known_again_though_they_are_many():
     at = memory.now(torch.device("cpu"))
     for tensors in layers[:200]:
         alike.get(tensors[0].data_ptr(), [tensors], at)
-    assert all(alike.known(tensors[0].data_ptr(), at) is not None for tensors in layers[:200])
+    assert all(alike.known(tensors[0].data_ptr(), None, at) is not None for tensors in layers[:200])
 
 
 def test_threads_that_ask_at_once_get_keys_and_tables_of_their_own_lists(monkeypatch):

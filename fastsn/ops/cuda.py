@@ -91,16 +91,17 @@ def _launch(
     kind: int,
     places: int,
     places_of_results: int,
+    addresses: Sequence[int] | None,
     sigma: Tensor | None,
     vectors: Tensor | None,
     grad_sigma: Tensor | None,
 ) -> Sequence[Tensor] | None:
-    """What C++ asks for: a call as it was prepared, or None if it was not, or for other places."""
+    """What C++ asks for: a call as it was prepared; None if it was not, or for other places without ``addresses``."""
     ready = _prepared.get(kind)
     if ready is None or ready.again is None:
         return None
     with _on(ready.device):
-        return ready.again(places, places_of_results, sigma, vectors, grad_sigma)  # type: ignore[no-any-return]
+        return ready.again(places, places_of_results, addresses, sigma, vectors, grad_sigma)  # type: ignore[no-any-return]
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

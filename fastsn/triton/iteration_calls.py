@@ -62,9 +62,11 @@ def prepared(
                     given.copy_(own)
         return results
 
-    def again(places: Hashable, *_: Any) -> tuple[Tensor, Tensor] | None:
+    def again(
+        places: Hashable, _places_of_results: Hashable, addresses: Sequence[int] | None, *_: Any
+    ) -> tuple[Tensor, Tensor] | None:
         now = memory.now(device)
-        table = plan.tables.known(places, now)
+        table = plan.tables.known(places, addresses, now)
         return None if table is None else plan.launch(table, now, n, store)
 
     return Prepared(device, run, again if where_they_are and not (store and made_in_inference_mode) else None)

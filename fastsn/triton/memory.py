@@ -193,24 +193,26 @@ class Tables:
         self._numbers = host([0 if isinstance(x, Address) else x for x in numbers])
         self._tensors = host([1 + x.of if isinstance(x, Address) else 0 for x in numbers])
 
-    def known(self, places: Hashable, at: Now) -> Tensor | None:
-        """The table for tensors that lie at ``places``, a key of ``get``, if there is one."""
+    def known(self, places: Hashable, addresses: Sequence[int] | None, at: Now) -> Tensor | None:
+        """The table for tensors that lie at ``addresses``, one after the other, of which ``places`` is a key; without
+        them, the table of that key, if there is one."""
         table = self._known.get(places)
         if table is None:
-            return None
+            return None if addresses is None else self._made(places, addresses, at)
         keep(table, at)
         return table.here(at)
 
     def get(self, places: Hashable, tensors: Sequence[Sequence[Tensor]], at: Now) -> Tensor:
         """The table for the tensors of these lists, one after the other; ``places``: a key of where they lie."""
-        table = self._known.get(places)
-        if table is None:
-            where = host([0, *(x.data_ptr() for each in tensors for x in each)])
-            table = Sent(self._numbers + where[self._tensors], at)
-            with self._lock:
-                self._known[places] = table
-                while len(self._known) > max(_TABLES, _NUMBERS // self._numbers.numel()):
-                    self._known.pop(next(iter(self._known)))
+        found = self.known(places, None, at)
+        return self._made(places, [x.data_ptr() for each in tensors for x in each], at) if found is None else found
+
+    def _made(self, places: Hashable, addresses: Sequence[int], at: Now) -> Tensor:
+        table = Sent(self._numbers + host([0, *addresses])[self._tensors], at)
+        with self._lock:
+            self._known[places] = table
+            while len(self._known) > max(_TABLES, _NUMBERS // self._numbers.numel()):
+                self._known.pop(next(iter(self._known)))
         keep(table, at)
         return table.here(at)
 

@@ -32,10 +32,10 @@ class Prepared(NamedTuple):
     """Called with a key of where the tensors of the lists lie, and then as the op is."""
 
     again: Callable[..., Sequence[Tensor] | None] | None
-    """Launches that write to results that are allocated already, where these places were seen before (otherwise gives
-    None): called with keys of where the tensors of the lists, and the results, lie, and with the op's ``sigma``,
-    ``vectors`` and ``grad_sigma``; gives what the op has beside the allocated results. None where tensors must be
-    copied first."""
+    """Launches that write to results that are allocated already: called with keys of where the tensors of the lists,
+    and the results, lie, with all of their addresses or None, and with the op's ``sigma``, ``vectors`` and
+    ``grad_sigma``. Gives what the op has beside the allocated results, or None where addresses are needed, as these
+    places were not seen before. There is none where tensors must be copied first."""
 
 
 class Weight(NamedTuple):

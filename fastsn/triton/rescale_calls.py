@@ -48,12 +48,7 @@ def prepared_rescale(
         results, mean = plan.run(addresses(own, own_scales), own, own_scales, sigma)
         return _as_given(results, own, weights, dims), mean
 
-    def again(
-        places: Hashable, places_of_results: Hashable, sigma: Tensor, _vectors: None, _grad_sigma: None
-    ) -> list[Tensor] | None:
-        return plan.again(places, places_of_results, sigma)
-
-    return Prepared(device, run, again if as_they_are else None)
+    return Prepared(device, run, plan.again if as_they_are else None)
 
 
 def prepared_rescale_backward(
@@ -101,12 +96,7 @@ def prepared_rescale_backward(
         d_scales = [d.to(scale.device, scale.dtype) for d, scale in zip(d_scales, scales, strict=True)]
         return _as_given(results, own, bases, dims), d_scales
 
-    def again(
-        places: Hashable, places_of_results: Hashable, sigma: Tensor, vectors: Tensor, grad_sigma: Tensor | None
-    ) -> list[Tensor] | None:
-        return plan.again(places, places_of_results, grad_sigma, sigma, vectors)
-
-    return Prepared(device, run, again if as_they_are else None)
+    return Prepared(device, run, plan.again if as_they_are else None)
 
 
 def _readable(scales: Sequence[Tensor], device: torch.device) -> bool:

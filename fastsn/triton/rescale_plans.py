@@ -111,10 +111,18 @@ class _Forward(_Plan):
         table = self.tables.get((places, place), (weights, scales, results), now)
         return results, self._launch(table, now, sigma)
 
-    def again(self, places: Hashable, places_of_results: Hashable, sigma: Tensor) -> list[Tensor] | None:
-        """[mean sigma] for results that are allocated already; None if there were none at these places before."""
+    def again(
+        self,
+        places: Hashable,
+        places_of_results: Hashable,
+        addresses: Sequence[int] | None,
+        sigma: Tensor,
+        _vectors: None,
+        _grad_sigma: None,
+    ) -> list[Tensor] | None:
+        """[mean sigma], see ``Prepared``."""
         now = memory.now(self.device)
-        table = self.tables.known((places, places_of_results), now)
+        table = self.tables.known((places, places_of_results), addresses, now)
         return None if table is None else [self._launch(table, now, sigma)]
 
     def _launch(self, table: Tensor, now: memory.Now, sigma: Tensor) -> Tensor:
@@ -206,13 +214,14 @@ class _Backward(_Plan):
         self,
         places: Hashable,
         places_of_results: Hashable,
-        grad_sigma: Tensor | None,
+        addresses: Sequence[int] | None,
         sigma: Tensor,
         vectors: Tensor,
+        grad_sigma: Tensor | None,
     ) -> list[Tensor] | None:
-        """Nothing beside the results, which are allocated already; None if there were none at these places before."""
+        """Nothing beside the results, see ``Prepared``."""
         now = memory.now(self.device)
-        table = self.tables.known((places, places_of_results), now)
+        table = self.tables.known((places, places_of_results), addresses, now)
         if table is None:
             return None
         self._launch(table, now, grad_sigma, sigma, vectors)
