@@ -100,18 +100,19 @@ def sites(model: nn.Module) -> list[Site]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     found: list[Site] = []
-    _visit(model, "", found, {model})
+    _visit(model, "", found, {id(model.__dict__)})
     return found
 
 
-def _visit(module: nn.Module, prefix: str, found: list[Site], seen: set[nn.Module]) -> None:
-    """Recursion of ``sites``. A nested function would be a reference cycle that keeps the model alive until a gc."""
+def _visit(module: nn.Module, prefix: str, found: list[Site], seen: set[int]) -> None:
+    """Recursion of ``sites``. A nested function would be a reference cycle that keeps the model alive until a gc.
+    ``seen``: ids of ``__dict__``, as torch.export shows a shared module as several objects that share theirs."""
     children = module._modules
     if isinstance(module, NormalizedLayer) or "parametrizations" in children:
         found.extend(sites_of(module, prefix))
     for name, child in children.items():
-        if child is not None and child not in seen:
-            seen.add(child)
+        if child is not None and id(child.__dict__) not in seen:
+            seen.add(id(child.__dict__))
             if child._modules:
                 _visit(child, f"{prefix}.{name}" if prefix else name, found, seen)
 
