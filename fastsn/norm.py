@@ -92,7 +92,7 @@ class SpectralNorm(StoredVectors):
         checks.weight(weight, "weight")
         n_power_iterations = checks.count(n_power_iterations, "n_power_iterations")
         self.ndim = weight.ndim
-        self.dim = views.wrap_dim(dim, weight.ndim)
+        self.dim = checks.dim(dim, weight.ndim)
         self.eps = checks.eps(eps)
         self.variant = variant
         self.impl = available(impl)

@@ -97,8 +97,7 @@ def sites(model: nn.Module) -> list[Site]:
 
     Takes about half a microsecond per module, normalized or not.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.module(model, "model")
     found: list[Site] = []
     _visit(model, "", found, {id(model.__dict__)})
     return found
