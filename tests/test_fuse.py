@@ -88,8 +88,9 @@ def test_a_submodule_on_its_own_normalizes_as_before():
 def test_frozen_layers_iterate_and_get_no_gradient():
     model, x = fastsn.fuse(chain()), image()
     model[0].requires_grad_(False)
-    with fastsn.step(model):
+    with Counted() as counted, fastsn.step(model):
         assert [layer.normalized()[0].requires_grad for layer in model] == [False, True, True]
+    assert counted.names == ["power_iteration_", "rescale"]
     before = state(model)
     model(x).sum().backward()
     assert model[0].weight.grad is None

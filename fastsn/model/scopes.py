@@ -163,7 +163,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     compiling = torch.compiler.is_compiling()
     region = None if compiling else recomputation.current_region()
     if region is not None and region.replaying is not None:
-        return _no_op  # each use takes its recorded vectors
+        return lambda: None  # each use takes its recorded vectors
     recomputing = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
     opened: list[tuple[Sequence[SpectralNorm], list[CacheEntry]]] = []
@@ -197,10 +197,6 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
         release()
         raise
     return release
-
-
-def _no_op() -> None:
-    pass
 
 
 def _uncached(group: Group) -> list[Group]:
