@@ -37,10 +37,8 @@ class step:
     before ``optimizer.step()``). All uses share one graph, so call ``backward`` once, or with ``retain_graph=True``. Of
     nested steps the innermost is used. An exception ends the step.
 
-    Activation checkpointing: no norm iterates during backward. A recomputed region uses the vectors of the active step,
-    without one the stored vectors. If backward is called inside the block, these are those of the original forward;
-    after the block, only if ``advance`` is True and no other forward or step has come between. Otherwise pass
-    ``context_fn=fastsn.recompute``.
+    Activation checkpointing: a region that backward recomputes inside the block uses the vectors of the step. For
+    regions that are recomputed after the block see ``fastsn.recompute``.
 
     Threads: a step applies to the thread that entered it, and to threads that have entered none, such as those of
     ``DataParallel`` and of ``backward``.
