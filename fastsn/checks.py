@@ -16,6 +16,12 @@ from fastsn.variants import VARIANTS, Variant
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def module(value: object, name: str) -> None:
+    """Raises TypeError unless ``value`` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
+
+
 def weight(value: object, name: str) -> Tensor:
     """``value`` if it is a weight that can be normalized.
 
@@ -59,6 +65,14 @@ def integer(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return int(value)
+
+
+def dim(value: object, ndim: int) -> int:
+    """``value`` as a non-negative dimension of a tensor with ``ndim`` dimensions; TypeError or IndexError otherwise."""
+    number = integer(value, "dim")
+    if not -ndim <= number < ndim:
+        raise IndexError(f"dim must be in [{-ndim}, {ndim - 1}] for a weight of {ndim} dimensions, got {value}")
+    return number % ndim
 
 
 def flag(value: object, name: str) -> bool:

@@ -65,7 +65,7 @@ def sync(model: Module, group: ProcessGroup | None = None) -> Module:
         raise RuntimeError(
             "sync needs an initialized torch.distributed: call torch.distributed.init_process_group on every rank first"
         )
-    _check_module(model, "model")
+    checks.module(model, "model")
     if dist.get_rank(group) < 0:
         raise ValueError("group must contain this rank, got one that does not")
     state = _state(model)
@@ -135,7 +135,7 @@ def copy_vectors(source: nn.Module, target: Module) -> Module:
             on the meta device. Nothing has been copied.
     """
     for model, argument in ((source, "source"), (target, "target")):
-        _check_module(model, argument)
+        checks.module(model, argument)
         checks.has_norms(_norms(model), argument)
     theirs, ours = (
         {name: x for name, x in _state(_unwrapped(model)).items() if name.rpartition(".")[2] != "scale"}
@@ -154,11 +154,6 @@ def copy_vectors(source: nn.Module, target: Module) -> Module:
     for name, vector in ours.items():
         vector.copy_(theirs[name])
     return target
-
-
-def _check_module(model: object, argument: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
 
 
 def _norms(model: nn.Module) -> list[tuple[str, SpectralNorm]]:

@@ -92,7 +92,7 @@ class SpectralNorm(StoredVectors):
         checks.weight(weight, "weight")
         n_power_iterations = checks.count(n_power_iterations, "n_power_iterations")
         self.ndim = weight.ndim
-        self.dim = views.wrap_dim(dim, weight.ndim)
+        self.dim = checks.dim(dim, weight.ndim)
         self.eps = checks.eps(eps)
         self.variant = variant
         self.impl = available(impl)
@@ -210,7 +210,7 @@ class SpectralNorm(StoredVectors):
     def measure(self, weight: Tensor) -> Sigmas:
         """sigma of each view for the stored vectors, differentiable in the weight."""
         with normalize.no_autocast(weight):
-            return reference.sigmas([self._oik(weight)], [self.vectors()])[0]
+            return reference.sigmas([views.as_oik(weight, self.dim)], [self.vectors()])[0]
 
     def evaluate(self, weight: Tensor) -> Tensor:
         """W̄ as in evaluation mode, outside of steps and autocast, in any mode. u and v are not updated."""
@@ -237,9 +237,6 @@ class SpectralNorm(StoredVectors):
             vectors = {view: pair for view, pair in self.vectors().items() if view in wanted}
             spec = WeightSpec(weight, self.dim, vectors, 1.0, weight.dtype, self.impl, self.v_first)
             normalize.batch(spec).iterate(iterations)
-
-    def _oik(self, weight: Tensor) -> Tensor:
-        return views.as_oik(weight, self.dim)
 
     def _out_dtype(self, weight: Tensor) -> torch.dtype:
         dtype = weight.dtype

@@ -114,11 +114,9 @@ class KernelBatch(Batch):
         self._rescale = (dims, view_masks, scale_index, scale_factor, dtypes)
 
     def iterate(self, n: int) -> None:
-        """``n`` power iterations, stored."""
         ops.power_iteration_(self.weights, self.u, self.v, *self._iteration, n)
 
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
-        """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         store = store and n > 0
         if self._used and _fused is not None and not (torch.compiler.is_compiling() or torch_private.dispatch_modes()):
             if self._handle is None and self._can_have_handle():
@@ -149,11 +147,9 @@ class ReferenceBatch(Batch):
     """A batch for the reference: differentiable to any order, and by torch.func transforms."""
 
     def iterate(self, n: int) -> None:
-        """``n`` power iterations, stored."""
         _iterate(self.specs, n, True)
 
     def normalize(self, n: int, store: bool) -> tuple[list[Tensor], UsedVectors]:
-        """The W̄ after ``n`` power iterations, whose vectors are stored if ``store``."""
         specs, vectors = self.specs, _iterate(self.specs, n, store)
         with no_autocast(specs[0].weight):
             # One cast: the terms of a half-precision gradient are summed before rounding.

@@ -73,8 +73,7 @@ def spectral_norm(
 
     Source: Miyato et al., ICLR 2018 (SN); Lin, Sekar, Fanti, NeurIPS 2021 (SSN, BSN, BSSN).
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    checks.module(module, "module")
     weight = _tensor(module, name)
     checks.weight(weight, f"{type(module).__name__}.{name}")
     dim = views.output_dim(module) if dim is None else dim
@@ -92,9 +91,7 @@ def spectral_norm(
     # register_parametrization calls the norm once and raises if the dtype changes.
     with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
         parametrize.register_parametrization(module, name, norm)
-    register_load_post_hook(module.parametrizations[name])  # type: ignore[index, arg-type]
-    patch_initialization(module)
-    install_fast_property(module, name)
+    adapt(module, name)
     return module
 
 
@@ -137,10 +134,21 @@ def unshare_class(module: nn.Module) -> None:
         module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
-def register_load_post_hook(chain: ParametrizationList) -> None:
-    """Register, once, a hook that warms up the vectors that a checkpoint lacks."""
+def chain_of(module: nn.Module, tensor: str) -> ParametrizationList:
+    """The parametrizations of a parametrized tensor."""
+    chain = module.get_submodule(f"parametrizations.{tensor}")
+    assert isinstance(chain, ParametrizationList)
+    return chain
+
+
+def adapt(module: nn.Module, tensor: str) -> None:
+    """Adapt a module to a SpectralNorm among the parametrizations of a tensor: warm-up of vectors that a checkpoint
+    lacks, initialization in place, and fast access. Does nothing the second time."""
+    chain = chain_of(module, tensor)
     if _load_post_hook not in chain._load_state_dict_post_hooks.values():
         chain.register_load_state_dict_post_hook(_load_post_hook)  # type: ignore[no-untyped-call]
+    patch_initialization(module)
+    install_fast_property(module, tensor)
 
 
 def _load_post_hook(chain: Any, keys: Any) -> None:

@@ -136,22 +136,3 @@ def _rescale(w: Tensor, sigma: Tensor, scale: float | Tensor) -> Tensor:
     if isinstance(scale, Tensor):
         return unit * scale.to(sigma.dtype).reshape(())
     return unit if scale == 1 else unit * scale
-
-
-def normalize(
-    weights: Sequence[Tensor],
-    vectors: Sequence[Vectors],
-    scales: Sequence[float | Tensor],
-    n_power_iterations: int = 1,
-    gradient: str = "fixed",
-) -> tuple[list[Tensor], list[Sigmas], list[Vectors]]:
-    """A whole step: iterate (0 times in evaluation), measure, rescale. Returns (W̄, sigmas, new vectors) per weight.
-
-    Equivalent to, for one weight and the view `out`::
-
-        u = F.normalize(M @ v, dim=0); v = F.normalize(M.T @ u, dim=0)
-        W̄ = scale * W / (u @ M @ v)
-    """
-    vectors = power_iteration(weights, vectors, n_power_iterations, gradient)
-    measured = sigmas(weights, vectors)
-    return rescale(weights, measured, scales), measured, vectors

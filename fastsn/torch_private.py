@@ -1,5 +1,5 @@
-"""All private functions of torch that fastsn calls, each with the reason. Tested with torch 2.13; ``make matrix`` tests
-other versions.
+"""All private functions of torch that fastsn calls, each with the reason. Tested with torch 2.11 and 2.13;
+``make matrix`` tests other versions.
 
 Some are aliases and not wrappers, as they run at every access to a weight.
 """

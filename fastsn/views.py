@@ -15,8 +15,6 @@ ConvTranspose), and the norm is that of this tensor, which bounds the norm of ev
 
 from __future__ import annotations
 
-from numbers import Integral
-
 from torch import Tensor, nn
 
 VIEWS = ("out", "in")
@@ -27,20 +25,6 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def output_dim(module: nn.Module) -> int:
     """The dimension of ``module.weight`` that counts output channels: 1 for ConvTranspose1-3d, else 0."""
     return 1 if isinstance(module, _TRANSPOSED) else 0
-
-
-def wrap_dim(dim: int, ndim: int) -> int:
-    """``dim`` as a non-negative dimension of a tensor with ``ndim`` dimensions.
-
-    Raises:
-        IndexError: ``dim`` is not in [-ndim, ndim - 1].
-        TypeError: ``dim`` is not an integer.
-    """
-    if isinstance(dim, bool) or not isinstance(dim, Integral):
-        raise TypeError(f"dim must be an integer, got {dim!r}")
-    if not -ndim <= dim < ndim:
-        raise IndexError(f"dim must be in [{-ndim}, {ndim - 1}] for a weight of {ndim} dimensions, got {dim}")
-    return int(dim) % ndim
 
 
 def as_oik(weight: Tensor, dim: int) -> Tensor:

@@ -58,6 +58,13 @@ def _interpreter():
     return interpreted.kernels()
 
 
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def classifier_cache(tmp_path_factory):
     """A folder with the digit classifier in it, trained once for all tests."""

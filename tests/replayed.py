@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dispatched import SYNCS
 from gan.config import Config
 from gan.training import Training
 from gan_rank_jobs import flat
 
 T = TypeVar("T")
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 
 
 def tensors(*values: Any) -> Iterator[Tensor]:
@@ -41,7 +41,7 @@ class Operators(TorchDispatchMode):
         if places(tensors(args)) & places(self.host):
             self.host += tensors(result)
             return result
-        assert func.overloadpacket.__name__ not in WAITING, "a step that waits for the device cannot be captured"
+        assert func.overloadpacket.__name__ not in SYNCS, "a step that waits for the device cannot be captured"
         self.calls.append((func, args, kwargs, result))
         return result
 

@@ -40,19 +40,10 @@ def test_scale_of_another_kind(scale, error, message):
         fastsn.SSNLinear(3, 4, scale=scale)
 
 
-@pytest.mark.parametrize(
-    ("value", "error", "message"),
-    [
-        ("x", TypeError, "scale must be a float or a tensor, got 'x'"),
-        (None, TypeError, "scale must be a float or a tensor, got None"),
-        (True, TypeError, "scale must be a float or a tensor, got True"),
-        (-1.0, ValueError, "scale must be finite and positive, got -1"),
-        (float("nan"), ValueError, "scale must be finite and positive, got nan"),
-    ],
-)
-def test_a_scale_is_checked_when_it_is_assigned(value, error, message):
+@pytest.mark.parametrize(("value", "message"), [("x", "a float or a tensor, got 'x'"), (-1.0, "finite and .*got -1")])
+def test_a_scale_is_checked_when_it_is_assigned(value, message):
     layer = fastsn.BSSNLinear(4, 4, scale=1.4)
-    with pytest.raises(error, match=message):
+    with pytest.raises((TypeError, ValueError), match=f"scale must be {message}"):
         layer.spectral_norm.scale = value
     assert layer.spectral_norm.scale == 1.4
     with pytest.raises(ValueError, match=r"scale must be 1.0 for variant 'bsn', got 2"):
@@ -118,7 +109,7 @@ def test_no_tensor_of_that_name(name):
 def test_a_module_that_is_none():
     with pytest.raises(TypeError, match=r"module must be an nn.Module, got Tensor"):
         fastsn.spectral_norm(torch.ones(3))
-    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.advance, fastsn.fold):
+    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.advance, fastsn.fold, fastsn.fuse):
         with pytest.raises(TypeError, match=r"model must be an nn.Module, got list"):
             function([nn.Linear(3, 4)])
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got list"), fastsn.step([]):
@@ -174,13 +165,14 @@ def test_weights_without_elements(shape):
         fastsn.spectral_norm(module)
 
 
-def test_meta_weights_have_no_numbers():
-    with torch.device("meta"):
-        net = nn.Sequential(nn.ReLU(), fastsn.SNLinear(3, 4))
-    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.advance, fastsn.fold):
+def test_meta_weights_have_no_numbers_and_no_vector_of_others_moves():
+    net = nn.Sequential(fastsn.SNLinear(3, 3), fastsn.SNLinear(3, 4, device="meta"))
+    before = [b.clone() for b in net[0].buffers()]
+    for function in (fastsn.sigmas, fastsn.warm_up, fastsn.advance, fastsn.fold, entered):
         with pytest.raises(ValueError, match="weight of '1' must have values, got a meta tensor: materialize"):
             function(net)
-    assert isinstance(net[1], fastsn.SNLinear)
+    assert isinstance(net[0], fastsn.SNLinear)
+    assert all(torch.equal(a, b) for a, b in zip(before, net[0].buffers(), strict=True))
 
 
 def test_sharded_weights(tmp_path):
@@ -243,16 +235,6 @@ def test_a_scale_without_values_beside_a_weight_that_has_some(impl, learnable):
     assert fastsn.warm_up(layer)(torch.ones(1, 4)).isfinite().all()
 
 
-def test_one_weight_without_values_and_no_vector_moves():
-    net = nn.Sequential(fastsn.SNLinear(3, 3), fastsn.SNLinear(3, 4, device="meta"))
-    before = [b.clone() for b in net[0].buffers()]
-    with pytest.raises(ValueError, match="weight of '1' must have values"):
-        fastsn.warm_up(net)
-    with pytest.raises(ValueError, match="weight of '1' must have values"), fastsn.step(net):
-        pass
-    assert all(torch.equal(a, b) for a, b in zip(before, net[0].buffers(), strict=True))
-
-
 def test_fold_refuses_a_users_subclass_and_changes_nothing():
     class Mine(fastsn.SNLinear):
         pass
@@ -298,7 +280,7 @@ def test_a_norm_is_called_with_as_many_dimensions_as_it_was_made_for(made, calle
 
 def test_unknown_gradient():
     with pytest.raises(ValueError, match="gradient must be 'fixed' or 'through', got 'exact'"):
-        reference.normalize([], [], [], gradient="exact")
+        reference.power_iteration([], [], gradient="exact")
 
 
 def test_arguments_of_the_torch_layer_are_still_checked_by_torch():

@@ -22,8 +22,8 @@ from shapes import TABLE, Case
 LINEAR = Case("Linear", (7, 5), "small")
 CONV = Case("Conv2d", (3, 8, 3), "two views")
 OUTPUT_FIRST = [case for case in TABLE if not case.layer.startswith("ConvTranspose")]
-PAIRS = [(*pair, case) for pair in itertools.product(WITH_V, WITH_V) for case in TABLE]
-PAIRS += [(*p, c) for p in itertools.product(LAYOUTS, LAYOUTS) if {*p} & {*ROWS} for c in OUTPUT_FIRST]
+PAIRS = [(*pair, case) for pair in itertools.permutations(WITH_V, 2) for case in TABLE]
+PAIRS += [(*p, c) for p in itertools.permutations(LAYOUTS, 2) if {*p} & {*ROWS} for c in OUTPUT_FIRST]
 
 
 def matrix(weight: torch.Tensor, dim: int = 0) -> torch.Tensor:

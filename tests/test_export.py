@@ -78,8 +78,10 @@ def test_onnx_of_a_model_that_is_not_folded_is_told_to_fold(impl, fused):
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, torch.jit.TracerWarning):
             warnings.simplefilter("ignore", kind)
-        with pytest.raises(RuntimeError, match=r"call fastsn\.fold\(model\) before torch\.onnx\.export"):
-            torch.onnx.export(net.eval(), (torch.randn(2, 3),), io.BytesIO(), dynamo=False)
+        for _ in range(2):  # new, and with a plan
+            with pytest.raises(RuntimeError, match=r"call fastsn\.fold\(model\) before torch\.onnx\.export"):
+                torch.onnx.export(net.eval(), (torch.randn(2, 3),), io.BytesIO(), dynamo=False)
+            net(torch.randn(2, 3))
         torch.onnx.export(fastsn.fold(net), (torch.randn(2, 3),), io.BytesIO(), dynamo=False)
 
 

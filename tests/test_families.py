@@ -217,23 +217,6 @@ def test_a_training_forward_calls_each_op_once_however_many_layers(family):
         assert counted.names == [*ONCE, "rescale_backward"]
 
 
-@pytest.mark.parametrize("name", ["upscaler", "vocoder"])
-def test_once_u_and_v_have_converged_training_from_the_old_hook_is_torchs(name):
-    """Half an iteration of difference then is none. SGD, as Adam makes much of a last bit."""
-    family = FAMILIES[name]
-    theirs = trained(family)
-    with torch.no_grad():
-        for module in theirs.modules():
-            for iterates in module._forward_pre_hooks.values():
-                for _ in range(300):
-                    iterates(module, ())
-    model = family.build()
-    model.load_state_dict(theirs.state_dict())
-    fastsn.fuse(fastsn.convert(model))
-    expected, found = (train(m, family.loss, torch.optim.SGD(m.parameters(), lr=1e-3), 6) for m in (theirs, model))
-    assert found == pytest.approx(expected, rel=1e-5)
-
-
 @every
 def test_autocast(family):
     theirs, inputs = trained(family), family.inputs()

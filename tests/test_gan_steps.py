@@ -16,27 +16,11 @@ from gan import losses, models, streams
 from gan.config import Config
 from gan.data.images import to_float
 from gan.training import Training
-
-CPU = torch.device("cpu")
-TINY = {"batch_size": 6, "width": 0.05, "image_size": 8, "latent": 5, "steps": 10, "lr_g": 1e-3, "lr_d": 1e-3}
+from norm_cases import CNN, CPU, SCHEDULES, batches
 
 
 def tiny(**changes: object) -> Config:
-    return Config(name="x", **{**TINY, **changes})
-
-
-def batches(seed: int = 0, classes: int = 0) -> object:
-    draw = torch.Generator().manual_seed(seed)
-    while True:
-        images = torch.randint(0, 256, (6, 3, 8, 8), generator=draw, dtype=torch.uint8)
-        yield images, torch.randint(classes, (6,), generator=draw) if classes else None
-
-
-@pytest.fixture
-def _in_float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    return Config(name="x", **{**CNN, **changes})
 
 
 GRAPHS = {
@@ -58,7 +42,7 @@ def own_names(net: nn.Module, gamma: str) -> restated.Parameters:
     return found
 
 
-@pytest.mark.usefixtures("_in_float64")
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_steps_are_those_of_the_bsn_authors_graph(graph):
     config = tiny(**GRAPHS[graph])
@@ -78,7 +62,7 @@ def test_steps_are_those_of_the_bsn_authors_graph(graph):
     moments_d: dict[str, tuple[Tensor, Tensor]] = {}
     moments_g: dict[str, tuple[Tensor, Tensor]] = {}
     loss, start = losses.LOSSES[config.loss], training.generator.start
-    ours, theirs = batches(), batches()
+    ours, theirs = batches(training), batches(training)
     for step in range(2):
         scalars = training.advance(ours)
         for i in range(config.n_dis):
@@ -105,26 +89,27 @@ def test_steps_are_those_of_the_bsn_authors_graph(graph):
             torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("norm", ["sn", "sn_conv"])
 @pytest.mark.parametrize("n_dis", [1, 2])
 @pytest.mark.parametrize(
     ("schedule", "stored"),
     [("per_forward", lambda n: 2 * n + 1), ("per_step", lambda n: n + 1), ("per_d_step", lambda n: n)],
 )
-def test_u_schedules_store_as_often_as_their_sources(schedule, stored, n_dis):
+def test_u_schedules_store_as_often_as_their_sources(schedule, stored, n_dis, norm):
     """Every time that vectors are stored, autograd's version of the buffer goes up by one."""
-    training = Training(tiny(u_schedule=schedule, n_dis=n_dis), 3, 0, CPU)
-    norms = [module for module in training.discriminator.modules() if isinstance(module, fastsn.SpectralNorm)]
-    before = [norm._u._version for norm in norms]
-    training.advance(batches())
-    assert len(norms) == 8
-    assert [norm._u._version - old for norm, old in zip(norms, before, strict=True)] == [stored(n_dis)] * 8
+    training = Training(tiny(norm=norm, u_schedule=schedule, n_dis=n_dis), 3, 0, CPU)
+    vectors = [x for name, x in training.discriminator.named_buffers() if name.endswith(("_u", "_v"))]
+    before = [x._version for x in vectors]
+    training.advance(batches(training))
+    assert len(vectors) == 16
+    assert [x._version - old for x, old in zip(vectors, before, strict=True)] == [stored(n_dis)] * 16
 
 
 @pytest.mark.parametrize("moves", [True, False])
 def test_batch_norm_moves_in_discriminator_steps_or_only_in_the_generators(moves):
     training = Training(tiny(n_dis=2, batch_norm_in_d_steps=moves), 3, 0, CPU)
     norm = training.generator.dense[1]
-    training.advance(batches())
+    training.advance(batches(training))
     assert int(norm.num_batches_tracked) == (3 if moves else 1)
     assert all(m.track_running_stats for m in training.generator.modules() if isinstance(m, nn.BatchNorm2d))
 
@@ -144,7 +129,7 @@ def recorded(training: Training) -> list[tuple[str, Tensor]]:
 def test_the_order_of_steps_and_which_z_the_generator_takes(order, z):
     training = Training(tiny(order=order, z_of_g=z, n_dis=2), 3, 0, CPU)
     seen = recorded(training)
-    training.advance(batches())
+    training.advance(batches(training))
     assert [who for who, _ in seen] == (["d", "d", "g"] if order == "d_first" else ["g", "d", "d"])
     if order == "d_first":
         assert torch.equal(seen[2][1], seen[1][1]) == (z == "reused")
@@ -154,7 +139,7 @@ def test_the_order_of_steps_and_which_z_the_generator_takes(order, z):
 def test_a_generator_batch_of_its_own_size():
     training = Training(tiny(batch_size_g=9, z_of_g="fresh"), 3, 0, CPU)
     seen = recorded(training)
-    training.advance(batches())
+    training.advance(batches(training))
     assert [len(z) for _, z in seen] == [6, 9]
 
 
@@ -162,7 +147,7 @@ def test_learning_rates_fall_linearly_to_nothing_after_the_last_step():
     training = Training(tiny(steps=4, decay_from=2), 3, 0, CPU)
     rates = []
     for _ in range(4):
-        training.advance(batches())
+        training.advance(batches(training))
         rates.append((training.optimizer_g.param_groups[0]["lr"], training.optimizer_d.param_groups[0]["lr"]))
     assert rates == [(1e-3, 1e-3), (1e-3, 1e-3), (1e-3, 1e-3), (0.5e-3, 0.5e-3)]
 
@@ -171,7 +156,7 @@ def test_the_average_follows_the_weights_and_takes_the_statistics():
     training = Training(tiny(ema=0.75), 3, 0, CPU)
     expected = None
     for _ in range(3):
-        training.advance(batches())
+        training.advance(batches(training))
         now = [p.detach().clone() for p in training.generator.parameters()]
         expected = now if expected is None else [0.75 * a + 0.25 * b for a, b in zip(expected, now, strict=True)]
     found = training.evaluated
@@ -195,20 +180,23 @@ def test_every_norm_starts_from_the_same_weights_and_trains(norm, gamma):
     factors = [p for name, p in weights.items() if name.endswith("scale")]
     assert len(factors) == {"none": 0, "same": 1, "different": 8}[gamma]
     assert all(p.item() == scale for p in factors)
-    scalars = training.advance(batches())
+    scalars = training.advance(batches(training))
     assert all(x.dtype == torch.float32 and math.isfinite(x) for x in scalars.values())
     assert all(p.item() != scale for p in factors)  # trained
 
 
-def test_scale_multiplies_the_weights_of_every_layer():
-    plain, scaled = (Training(tiny(norm="ssn", scale=c), 3, 0, CPU).discriminator for c in (1.0, 2.0))
+@pytest.mark.parametrize("norm", ["ssn", "sn_conv"])
+def test_scale_multiplies_the_weights_of_every_layer(norm):
+    plain, scaled = (Training(tiny(norm=norm, scale=c), 3, 0, CPU).discriminator for c in (1.0, 2.0))
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(scaled.eval()(x), 2**8 * plain.eval()(x))  # biases are 0, leaky ReLU is homogeneous
 
 
-def test_resumed_training_has_the_same_bits():
-    whole = Training(tiny(n_dis=2, ema=0.9, decay_from=1, norm="bssn", scale=1.2), 3, 0, CPU)
-    stream = batches()
+@pytest.mark.parametrize(("norm", "schedule"), [("bssn", "per_step"), *(("sn_conv", each) for each in SCHEDULES)])
+def test_resumed_training_has_the_same_bits(norm, schedule):
+    changes = {"norm": norm, "scale": 1.2, "u_schedule": schedule}
+    whole = Training(tiny(n_dis=2, ema=0.9, decay_from=1, **changes), 3, 0, CPU)
+    stream = batches(whole)
     for _ in range(2):
         whole.advance(stream)
     state = copy.deepcopy(whole.state())
@@ -226,8 +214,11 @@ def test_resumed_training_has_the_same_bits():
 
 # torch's compiler hides this warning, but not from a filter that makes it an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.usefixtures("_in_float64")
-def test_compiled_networks_train_to_the_same_weights(monkeypatch):
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    ("norm", "scale", "schedule"), [("bssn", 1.3, "per_step"), ("sn_conv", 1.0, "per_d_step"), ("bn", 1.0, "per_step")]
+)
+def test_compiled_networks_train_to_the_same_weights(monkeypatch, norm, scale, schedule):
     """Traced, and run by torch's own kernels, which takes no C++ compiler."""
     compiler, traced = torch.compile, []
 
@@ -240,9 +231,11 @@ def test_compiled_networks_train_to_the_same_weights(monkeypatch):
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", without_a_compiler)
-    plain, compiled = (Training(tiny(norm="bssn", scale=1.3, compile=c), 3, 0, CPU) for c in (False, True))
+    plain, compiled = (
+        Training(tiny(norm=norm, scale=scale, u_schedule=schedule, compile=c), 3, 0, CPU) for c in (False, True)
+    )
     for training in (plain, compiled):
-        given = batches()
+        given = batches(training)
         for _ in range(2):
             training.advance(given)
     assert set(traced) == {"Generator", "Discriminator"}
@@ -256,7 +249,7 @@ def test_labels_come_with_images_and_fakes():
     seen: list[Tensor] = []
     for net in (training.generator, training.discriminator):
         net.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
-    training.advance(batches(classes=4))
+    training.advance(batches(training))
     assert [tuple(labels.shape) for labels in seen] == [(6,)] * 5
     assert all(int(labels.min()) >= 0 and int(labels.max()) < 4 for labels in seen)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
@@ -11,13 +9,7 @@ from torch import nn
 import fastsn
 from dispatched import SYNCS, Counted
 from op_calls import call
-
-SCOPES = {
-    "none": lambda _: nullcontext(),
-    "step": fastsn.step,
-    "without advance": lambda model: fastsn.step(model, advance=False),
-    "fuse": lambda model: nullcontext(fastsn.fuse(model)),
-}
+from regions import SCOPES
 
 
 def model(impl: str) -> nn.Sequential:
@@ -49,7 +41,7 @@ def test_no_number_comes_to_the_host_in_a_step(training, scope, impl):
     assert SYNCS.intersection(counted.names)
     vectors = [name.rpartition(".")[2] != "scale" for name, _ in net.named_buffers()]
     moved = [not torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True)]
-    assert moved == [vector and training and scope != "without advance" for vector in vectors]
+    assert moved == [vector and training and scope != "step without advance" for vector in vectors]
 
 
 @pytest.mark.usefixtures("triton_kernels")

@@ -205,13 +205,6 @@ def test_copies_are_whole_while_a_backward_is_due_and_inside_a_step():
         assert all(torch.equal(each.eval()(x), expected) for each in copies)
 
 
-def test_to_double_and_back():
-    layer = fastsn.BSNConv2d(4, 6, 3)
-    assert layer.double()(torch.randn(1, 4, 5, 5, dtype=torch.float64)).dtype == torch.float64
-    assert layer.spectral_norm._u_in.dtype == torch.float64
-    assert layer.float()(torch.randn(1, 4, 5, 5)).dtype == torch.float32
-
-
 def test_meta_then_materialize_and_warm_up():
     with torch.device("meta"):
         net = nn.Sequential(fastsn.BSSNConv2d(4, 6, 3, scale=1.3), fastsn.SNConv2d(6, 6, 1))

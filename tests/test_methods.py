@@ -18,7 +18,7 @@ from gan import cli, presets
 from gan.checkpoint import of_step
 from gan.config import Config
 from norm_cases import NORMS
-from tiny_runs import arguments, share_classifier
+from tiny_runs import arguments, config_made, share_classifier
 
 COMPARED = {  # norm, loss, weight of the gradient penalty, trainable factor
     "no-norm": ("none", "standard", 0, "none"),
@@ -43,16 +43,6 @@ COMPARED = {  # norm, loss, weight of the gradient penalty, trainable factor
 }
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, *given: str, main: object = cifar10, table: object = None) -> Config:
-    """The config that a command line makes."""
-    found: list[Config] = []
-    monkeypatch.setattr(main.recipe, "train", lambda config, *_: found.append(config))
-    monkeypatch.setattr(main.recipe, "open_data", lambda _: None)
-    table = presets.PRESETS if table is None else table
-    cli.start(main.main, table, ["--name", "x", "--data", "d", *given], methods=presets.METHODS)
-    return found[0]
-
-
 def test_the_table_has_the_rows_of_the_papers():
     assert set(presets.METHODS) == set(COMPARED)
     assert {row["norm"] for row in presets.METHODS.values()} == set(NORMS)
@@ -60,7 +50,7 @@ def test_the_table_has_the_rows_of_the_papers():
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_method_is_a_norm_a_loss_a_penalty_and_a_factor(monkeypatch, name):
-    config = seen(monkeypatch, "--method", name)
+    config = config_made(monkeypatch, "--method", name)
     assert (config.norm, config.loss, config.gradient_penalty, config.gamma) == COMPARED[name]
     assert (config.clip, config.scale) == (0.01, 1)
 
@@ -77,17 +67,17 @@ def test_every_method_goes_with_every_preset(method):
 def test_a_method_wins_over_a_preset_and_a_flag_over_both(monkeypatch, order):
     """In whatever order they stand."""
     parts = [["--method", "sn-hinge"], ["--preset=bsn-2-same"], ["--loss", "wasserstein"]][::order]
-    config = seen(monkeypatch, *(x for part in parts for x in part))
+    config = config_made(monkeypatch, *(x for part in parts for x in part))
     assert (config.norm, config.gamma, config.gradient_penalty) == ("sn", "none", 0)  # the method's
     assert (config.lr_g, config.n_dis) == (2e-4, 1)  # the preset's
     assert config.loss == "wasserstein"
 
 
 def test_methods_go_with_scales_and_with_imagenet(monkeypatch):
-    config = seen(monkeypatch, "--method=sn-conv", "--scale", "1.75")
+    config = config_made(monkeypatch, "--method=sn-conv", "--scale", "1.75")
     assert (config.norm, config.scale, config.loss) == ("sn_conv", 1.75, "hinge")
     given = ("--preset", "sngan-concat", "--method", "layer-norm")
-    config = seen(monkeypatch, *given, main=imagenet, table=presets.IMAGENET)
+    config = config_made(monkeypatch, *given, main=imagenet, table=presets.IMAGENET)
     assert (config.norm, config.conditional, config.loss) == ("ln", "concat", "standard")
 
 
@@ -176,8 +166,8 @@ def scalars(run: Path) -> dict[str, float]:
     return json.loads((run / "scalars.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize("method", COMPARED)
-def test_the_digits_train_by_every_method(tmp_path, classifier_cache, method):
+@pytest.mark.parametrize("method", {row[0]: name for name, row in COMPARED.items()}.values())
+def test_the_digits_train_by_a_method_of_every_norm(tmp_path, classifier_cache, method):
     run = command(tmp_path, classifier_cache, "a", "--method", method, steps=2, log_every=1, checkpoint_every=2)
     about = json.loads((run / "config.json").read_text())["config"]
     assert (about["norm"], about["loss"], about["gradient_penalty"], about["gamma"]) == COMPARED[method]

@@ -113,16 +113,6 @@ def test_measuring_leaves_the_modes_of_other_parametrizations_alone():
     assert (noisy.training, noisy.drop.training) == (True, False)
 
 
-def test_warm_up_renews_averaged_vectors():
-    layer = fastsn.BSNConv2d(4, 6, 3)
-    for shrink in (0.94, 0.0):
-        for buffer in layer.buffers():
-            buffer.mul_(shrink)
-        fastsn.warm_up(layer, 500)
-        top = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
-        assert fastsn.sigmas(layer)[""].sigma_out == pytest.approx(float(top), rel=1e-4)
-
-
 def test_sigmas_names_and_contents():
     net = network()
     before = state(net)
@@ -179,15 +169,6 @@ def test_fold_has_the_bits_of_evaluation_where_torchs_matmul_asks_whether_the_we
         assert torch.equal(folded(x), with_gradient)
         with torch.no_grad():
             assert torch.equal(folded.requires_grad_(False)(x), without)
-
-
-def test_fold_of_a_network():
-    net, x = network(), batch()
-    net(x)
-    expected = net.eval()(x)
-    folded = fastsn.fold(net.train())
-    assert not any(isinstance(m, fastsn.SpectralNorm) for m in folded.modules())
-    assert torch.equal(folded(x), expected)
 
 
 def test_fold_bakes_evaluation_in_wherever_it_is_called():

@@ -165,9 +165,11 @@ def test_finite_differences_confirm_first_and_second_derivatives(scale, value):
     assert gradgradcheck(through_sigma(c, vectors), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("v_first", [0, 1])
-def test_a_zero_weight_gives_zeros_and_the_gradient_scale_times_g(v_first):
-    c = call([torch.zeros(3, 2, 2), torch.randn(3, 2)], [0, 0], [3, 1], v_first=[v_first, 0])
+def test_a_zero_weight_gives_zeros_and_the_gradient_scale_times_g(v_first, dtype):
+    """torch divides by eps, and 1e-12 is nothing in float16."""
+    c = call([torch.zeros(3, 2, 2, dtype=dtype), torch.randn(3, 2)], [0, 0], [3, 1], v_first=[v_first, 0])
     c.weights[0].requires_grad_()
     before = [x.clone() for x in c.u + c.v]
     sigma, vectors = c.iterate(in_place=True)
@@ -302,15 +304,6 @@ def test_vmap_over_the_op_that_writes_is_a_clear_error():
         )
 
 
-def test_functional_call_of_a_layer():
-    layer = fastsn.BSSNConv2d(3, 4, 3, scale=1.2)
-    state = {k: v.detach().clone() for k, v in (*layer.named_parameters(), *layer.named_buffers())}
-    x = torch.randn(2, 3, 5, 5)
-    twin = {k: v.clone() for k, v in state.items()}
-    assert torch.equal(torch.func.functional_call(layer, twin, (x,)), layer(x))
-    assert torch.equal(twin["spectral_norm._u_in"], layer.spectral_norm._u_in)
-
-
 @pytest.mark.skipif(not fastsn.backends()["cpp"].available, reason="torch's own sums depend on the threads")
 def test_results_are_the_same_bits_for_any_number_of_threads_and_run():
     """Weights large enough to be cut into pieces, in every arrangement."""
@@ -367,22 +360,6 @@ def test_random_layers_of_one_model_in_one_call_equal_each_alone():
     assert mean.shape == (len(weights),)
 
 
-def test_a_model_in_a_step_costs_as_many_calls_as_a_layer():
-    for count in (1, 8, 64):
-        model = nn.Sequential(*(fastsn.BSSNConv2d(2, 2, 3, padding=1, scale=1.2) for _ in range(count)))
-        x = torch.randn(1, 2, 4, 4)
-        with torch.profiler.profile(acc_events=True) as profile:
-            with fastsn.step(model):
-                y = model(x) + model(x)
-            y.sum().backward()
-        names = [event.name for event in profile.events() if event.name.startswith("fastsn::")]
-        names = [name for name in names if not name.startswith("fastsn::_")]  # what Triton's kernels ask of lists
-        if fastsn.backends()["cpp"].available:
-            assert sorted(set(names)) == ["fastsn::power_iteration_", "fastsn::rescale", "fastsn::rescale_backward"]
-            assert names.count("fastsn::power_iteration_") == 1
-            assert names.count("fastsn::rescale_backward") == 1
-
-
 @pytest.mark.parametrize("size", [1e-42, 1e-40, 2e-39, 1e-37, 1e37])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_weights_at_the_ends_of_the_range_are_finite_and_right(size, dim):
@@ -421,26 +398,3 @@ def test_forward_mode_differentiation_goes_through_the_reference():
             c.weights = [torch.autograd.forward_ad.make_dual(weight, tangent)]
             with pytest.raises(NotImplementedError, match="no forward-mode"):
                 c.rescale(sigma, vectors)
-
-
-def test_frozen_layers_of_a_step_are_normalized_once():
-    model = nn.Sequential(*(fastsn.BSSNConv2d(2, 2, 3, padding=1, scale=1.2) for _ in range(3)))
-    model[0].weight.requires_grad_(False)
-    with torch.profiler.profile(acc_events=True) as profile, fastsn.step(model):
-        first, second = model(torch.randn(1, 2, 4, 4)), model(torch.randn(1, 2, 4, 4))
-    assert not model[0].normalized()[0].requires_grad
-    (first - second).sum().backward()
-    assert [p.weight.grad is None for p in model] == [True, False, False]
-    if fastsn.backends()["cpp"].available:
-        names = [event.name for event in profile.events()]
-        assert sum(name.startswith("fastsn::power_iteration") for name in names) == 1
-
-
-def test_a_scale_that_is_set_to_an_integer():
-    layer = fastsn.BSSNLinear(4, 4)
-    layer.spectral_norm.scale = 2
-    with fastsn.step(layer):
-        inside, _ = layer.normalized()
-        again, _ = layer.normalized()
-    assert inside is again
-    torch.testing.assert_close(layer.eval().normalized()[0], inside)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -71,23 +70,6 @@ def test_a_partly_bad_weight_is_as_harmless(where):
     assert_recovers(norm, good, 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("variant", "scale"), VARIANTS)
-def test_a_zero_weight_gives_zeros_and_a_finite_gradient_that_revives_it(variant, scale, dtype):
-    """torch divides by eps, and 1e-12 is nothing in float16."""
-    layer = fastsn.spectral_norm(nn.Conv2d(4, 6, 3).to(dtype), variant=variant, scale=scale)
-    original = layer.parametrizations.weight.original
-    original.data.zero_()
-    normalized = layer.weight
-    assert torch.equal(normalized, torch.zeros_like(normalized))
-    upstream = torch.randn_like(normalized)
-    normalized.backward(upstream)
-    torch.testing.assert_close(original.grad, scale * upstream)
-    assert_sound(layer.parametrizations.weight[0])
-    original.data -= 0.1 * original.grad
-    assert float(layer.weight.detach().abs().max()) > 0.01
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [0.0, 1.0, 60000.0])
 def test_one_dimensional_weights_in_half_precision(dtype, value):
@@ -97,18 +79,6 @@ def test_one_dimensional_weights_in_half_precision(dtype, value):
     torch.testing.assert_close(
         layer.bias.float(), torch.full((40,), 0.0 if value == 0 else 40**-0.5), rtol=4e-3, atol=0
     )
-
-
-@pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6, 1e15])
-def test_weights_of_any_size_come_out_exact(size):
-    """Scaling a weight scales sigma and nothing else: neither eps nor the range of float32 shows."""
-    weight = torch.randn(6, 4, 3, 3)
-    results = []
-    for factor in (1.0, 2.0 ** round(torch.log2(torch.tensor(size)).item())):
-        torch.manual_seed(1)
-        norm = fastsn.SpectralNorm(weight * factor, variant="bsn")
-        results.append(norm(weight * factor))
-    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -166,21 +136,10 @@ def test_registering_under_autocast_works():
         assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
-def test_same_input_same_bits():
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        layer = fastsn.BSSNConv2d(8, 16, 3, scale=1.2)
-        y = layer(torch.randn(2, 8, 9, 9))
-        y.square().sum().backward()
-        runs.append([y, layer.weight.grad, *layer.buffers()])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize("scope", ["none", "step", "fuse"])
-def test_200_steps_hold_no_memory(scope):
+@pytest.mark.parametrize("fused", [True, False])
+def test_200_uses_hold_no_memory(fused):
     layer = fastsn.BSSNConv2d(4, 6, 3)
-    if scope == "fuse":
+    if fused:
         fastsn.fuse(layer)
 
     def tensors() -> int:
@@ -191,8 +150,7 @@ def test_200_steps_hold_no_memory(scope):
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            with fastsn.step(layer) if scope == "step" else nullcontext():
-                layer(x).sum().backward()
+            layer(x).sum().backward()
 
     train(20)  # the vectors of the last 16 are kept
     before = tensors()

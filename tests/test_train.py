@@ -30,7 +30,7 @@ from gan.figures import runs as folders
 from gan.training import Training
 from gan.weights import load_generator
 from readme import GENERATOR
-from tiny_runs import TINY, rows, tiny
+from tiny_runs import TINY, config_made, rows, tiny
 
 CPU = torch.device("cpu")
 BSSN = {"norm": "bssn", "scale": 1.3, "ema": 0.5}
@@ -352,26 +352,18 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch):
 
 
 def test_flags_beside_a_preset_win(monkeypatch):
-    seen: list[Config] = []
-    monkeypatch.setattr(images.recipe, "train", lambda config, *_: seen.append(config))
-    monkeypatch.setattr(images.recipe, "open_data", lambda _: None)
-    cli.start(images.main, presets.PRESETS, ["--name", "x", "--data", "d", "--preset", "sngan-a", "--n-dis", "3"])
-    assert (seen[0].lr_g, seen[0].n_dis, seen[0].ema) == (1e-4, 3, 0.999)
+    config = config_made(monkeypatch, "--preset", "sngan-a", "--n-dis", "3", main=images)
+    assert (config.lr_g, config.n_dis, config.ema) == (1e-4, 3, 0.999)
 
 
 def test_a_preset_turns_flags_off_and_a_flag_beside_it_on(monkeypatch):
-    seen: list[Config] = []
-    monkeypatch.setattr(images.recipe, "train", lambda config, *_: seen.append(config))
-    monkeypatch.setattr(images.recipe, "open_data", lambda _: None)
-    for table, *given in (
-        (presets.IMAGENET, "--preset", "bsn"),
-        (presets.IMAGENET, "--batch-norm-in-d-steps", "--preset", "bsn"),
-        (presets.PRESETS, "--preset", "sngan-a", "--no-dequantize"),
+    for table, given, flags in (
+        (presets.IMAGENET, ["--preset", "bsn"], (False, False)),
+        (presets.IMAGENET, ["--batch-norm-in-d-steps", "--preset", "bsn"], (True, False)),
+        (presets.PRESETS, ["--preset", "sngan-a", "--no-dequantize"], (True, False)),
     ):
-        cli.start(images.main, table, ["--name", "x", "--data", "d", *given])
-    assert [(config.batch_norm_in_d_steps, config.dequantize) for config in seen] == [
-        *((False, False), (True, False), (True, False)),
-    ]
+        config = config_made(monkeypatch, *given, main=images, table=table)
+        assert (config.batch_norm_in_d_steps, config.dequantize) == flags
 
 
 def test_a_dry_run_says_everything_and_leaves_nothing(tmp_path, capsys):

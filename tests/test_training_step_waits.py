@@ -9,28 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import captured_runs
+from dispatched import SYNCS
 from gan.config import Config
 from gan.training import Training
 from gan_rank_jobs import TINY, batches
 from on_a_gpu import HAS_KERNELS, waits_are_errors
 
 DEVICE = torch.device("cuda" if HAS_KERNELS else "cpu")
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 RUNS = {
     "CNN, BSSN, a penalty": ({"norm": "bssn", "scale": 1.3, "gradient_penalty": 1.0, "ema": 0.9}, 0),
-    "projection ResNet": (
-        {
-            "architecture": "sngan-resnet",
-            "conditional": "projection",
-            "image_size": 32,
-            "width": 0.02,
-            "dequantize": True,
-            "order": "g_first",
-            "z_of_g": "fresh",
-            "u_schedule": "per_forward",
-        },
-        3,
-    ),
+    "forwards that iterate": captured_runs.RUNS["forwards that iterate"],
+    "projection ResNet": captured_runs.RUNS["projection ResNet"],
 }
 
 
@@ -50,7 +40,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         of_a_count = bool(args) and isinstance(args[0], Tensor) and args[0].data_ptr() in self.counts
-        if name in WAITING and not of_a_count:
+        if name in SYNCS and not of_a_count:
             self.found.append(name)
         result = func(*args, **(kwargs or {}))
         if of_a_count and isinstance(result, Tensor):

@@ -417,7 +417,7 @@ def test_the_op_tests_pass_on_the_interpreter():
     time it takes, the tables are above; so is what the reference serves here too."""
     tests = Path(__file__).parent
     files = [str(tests / f"test_{name}.py") for name in ("ops", "op_errors")]
-    slow = "shape_table or number_of_threads or costs_as_many or one_graph or random_layers"
+    slow = "shape_table or number_of_threads or one_graph or random_layers"
     elsewhere = "finite_differences or float64 or forward_mode or reference]"
     environment = {**os.environ, "FASTSN_TEST_ON": "interpreter"}
     plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]

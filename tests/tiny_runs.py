@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import cifar10
 import digits
+from gan import cli, presets
+from gan.config import Config
 
 TINY: dict[str, Any] = {
     "steps": 10,
@@ -64,3 +68,13 @@ def rows(run: Path) -> list[list[str]]:
     """metrics.csv without the column of seconds."""
     with open(run / "metrics.csv", newline="") as file:
         return [[x for name, x in row.items() if name != "seconds"] for row in csv.DictReader(file)]
+
+
+def config_made(monkeypatch: pytest.MonkeyPatch, *given: str, main: object = cifar10, table: object = None) -> Config:
+    """The config that a command line makes."""
+    found: list[Config] = []
+    monkeypatch.setattr(main.recipe, "train", lambda config, *_: found.append(config))
+    monkeypatch.setattr(main.recipe, "open_data", lambda _: None)
+    table = presets.PRESETS if table is None else table
+    cli.start(main.main, table, ["--name", "x", "--data", "d", *given], methods=presets.METHODS)
+    return found[0]

@@ -16,12 +16,10 @@ from torch.nn.utils.parametrizations import _SpectralNorm as TorchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastsn import layers, normalize, variants, views
-from fastsn.initialization import patch_initialization
 from fastsn.layers import NormalizedLayer
 from fastsn.model.sites import Site, evaluate_chain
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import follows_autocast, register_load_post_hook, unshare_class
-from fastsn.tensor_property import install_fast_property
+from fastsn.parametrize import adapt, chain_of, follows_autocast, unshare_class
 
 
 class Adapter(ABC):
@@ -109,10 +107,8 @@ class Parametrization(_NormAdapter):
     def put(self, norm: SpectralNorm) -> None:
         super().put(norm)
         self._chain[self._site.position] = norm  # type: ignore[index]
-        register_load_post_hook(self._chain)
         unshare_class(self.owner)
-        patch_initialization(self.owner)
-        install_fast_property(self.owner, self.tensor)
+        adapt(self.owner, self.tensor)
 
 
 class Layer(_NormAdapter):
@@ -175,27 +171,16 @@ def register(owner: nn.Module, tensor: str, norm: SpectralNorm) -> None:
     """Register ``norm`` as the last parametrization, without the forward and the ``set_`` that torch runs."""
     if parametrize.is_parametrized(owner, tensor):
         chain_of(owner, tensor).append(norm.train(owner.training))
-        register_load_post_hook(chain_of(owner, tensor))
-        patch_initialization(owner)
-        install_fast_property(owner, tensor)
-        return
-    unshare_class(owner)
-    # torch calls set_ on the tensor, which would break a pending backward: register a temporary one instead.
-    original = getattr(owner, tensor)
-    setattr(owner, tensor, nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data)
-    parametrize.register_parametrization(owner, tensor, norm, unsafe=True)  # unsafe: torch does not call it for a check
-    chain = chain_of(owner, tensor)
-    chain.original, chain.unsafe = original, False
-    register_load_post_hook(chain)
-    patch_initialization(owner)
-    install_fast_property(owner, tensor)
-
-
-def chain_of(owner: nn.Module, tensor: str) -> ParametrizationList:
-    """The parametrizations of a parametrized tensor."""
-    chain = owner.get_submodule(f"parametrizations.{tensor}")
-    assert isinstance(chain, ParametrizationList)
-    return chain
+    else:
+        unshare_class(owner)
+        # torch calls set_ on the tensor, which would break a pending backward: register a temporary one instead.
+        original = getattr(owner, tensor)
+        temporary = nn.Parameter(original.data, False) if isinstance(original, nn.Parameter) else original.data
+        setattr(owner, tensor, temporary)
+        parametrize.register_parametrization(owner, tensor, norm, unsafe=True)  # unsafe: torch does not call it
+        chain = chain_of(owner, tensor)
+        chain.original, chain.unsafe = original, False
+    adapt(owner, tensor)
 
 
 def _no_autocast(chain: ParametrizationList) -> AbstractContextManager[object]:

@@ -91,8 +91,7 @@ def convert(
         >>> D = fastsn.convert(D, "bssn", scale=1.4)           # another variant, or a model without any
         >>> D = fastsn.convert(D, "sn", skip=["head", "embed"])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checks.module(model, "model")
     row = variants.get("sn" if variant is None else variant)
     if scale is not None:
         checks.scale(scale, row)

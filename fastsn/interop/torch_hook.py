@@ -9,9 +9,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
-from fastsn.interop.adapters import Adapter, chain_of, register
+from fastsn.interop.adapters import Adapter, register
 from fastsn.norm import SpectralNorm
-from fastsn.parametrize import follows_autocast
+from fastsn.parametrize import chain_of, follows_autocast
 
 _OF_STATE_DICTS = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 

@@ -37,10 +37,8 @@ class step:
     before ``optimizer.step()``). All uses share one graph, so call ``backward`` once, or with ``retain_graph=True``. Of
     nested steps the innermost is used. An exception ends the step.
 
-    Activation checkpointing: no norm iterates during backward. A recomputed region uses the vectors of the active step,
-    without one the stored vectors. If backward is called inside the block, these are those of the original forward;
-    after the block, only if ``advance`` is True and no other forward or step has come between. Otherwise pass
-    ``context_fn=fastsn.recompute``.
+    Activation checkpointing: a region that backward recomputes inside the block uses the vectors of the step. For
+    regions that are recomputed after the block see ``fastsn.recompute``.
 
     Threads: a step applies to the thread that entered it, and to threads that have entered none, such as those of
     ``DataParallel`` and of ``backward``.
@@ -163,7 +161,7 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
     compiling = torch.compiler.is_compiling()
     region = None if compiling else recomputation.current_region()
     if region is not None and region.replaying is not None:
-        return _no_op  # each use takes its recorded vectors
+        return lambda: None  # each use takes its recorded vectors
     recomputing = not compiling and recomputation.in_backward()
     thread = None if compiling else threading.get_ident()
     opened: list[tuple[Sequence[SpectralNorm], list[CacheEntry]]] = []
@@ -197,10 +195,6 @@ def _open(model: nn.Module, advance: bool, fused: bool) -> Callable[[], None]:
         release()
         raise
     return release
-
-
-def _no_op() -> None:
-    pass
 
 
 def _uncached(group: Group) -> list[Group]:

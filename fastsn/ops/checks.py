@@ -41,7 +41,7 @@ def check_rescale(*arguments: Any) -> None:
     """Raises if an argument of ``rescale`` is not as it must be."""
     weights, scales, sigma, vectors, dims, view_masks, scale_index, scale_factor, dtypes = arguments
     _check_weights(weights, dims, view_masks)
-    _check_numbers(len(weights), scales, scale_index, scale_factor, dtypes, list(DTYPES))
+    _check_numbers(len(weights), scales, scale_index, scale_factor, dtypes)
     _check_state(weights, sigma, vectors, dims, view_masks, sum(bits.bit_count() for bits in view_masks))
 
 
@@ -65,7 +65,7 @@ def check_backward(*arguments: Any) -> None:
     )
     _check_weights(bases, dims, view_masks)
     _check_gradients(gradients, bases)
-    _check_numbers(len(bases), scales, scale_index, scale_factor, dtypes, list(DTYPES))
+    _check_numbers(len(bases), scales, scale_index, scale_factor, dtypes)
     _check_state(bases, sigma, vectors, dims, view_masks, len(bases))
     if grad_sigma is not None:
         _check_flat(grad_sigma, len(bases), sigma.dtype, "grad_sigma")
@@ -130,7 +130,6 @@ def _check_numbers(
     scale_index: Sequence[int],
     scale_factor: Sequence[float],
     dtypes: Sequence[int],
-    codes: Sequence[int],
 ) -> None:
     """Raises TypeError, ValueError or IndexError unless there is a sound scale and dtype for every weight."""
     for name, list_ in (("scale_index", scale_index), ("scale_factor", scale_factor), ("dtypes", dtypes)):
@@ -147,8 +146,8 @@ def _check_numbers(
             raise IndexError(f"scale_index[{i}] must be less than {count}, the number of scales, got {at}")
         if not math.isfinite(scale_factor[i]):
             raise ValueError(f"scale_factor[{i}] must be finite, got {scale_factor[i]}")
-        if dtypes[i] not in codes:
-            raise TypeError(f"dtypes[{i}] must be one of {codes}, got {dtypes[i]}")
+        if dtypes[i] not in DTYPES:
+            raise TypeError(f"dtypes[{i}] must be one of {list(DTYPES)}, got {dtypes[i]}")
 
 
 def _check_flat(value: Tensor, size: int, dtype: torch.dtype, name: str) -> None:
