@@ -109,6 +109,7 @@ def normalize_fixed(spec: WeightSpec) -> Tensor:
 def active_entry(cached: Sequence[CacheEntry], compiling: bool) -> CacheEntry | None:
     """The newest entry of this thread; else the newest of all, for threads of replicas and of backward. None if there
     are none."""
+    cached = cached[:]  # other threads change the list meanwhile
     newest = cached[-1] if cached else None
     if newest is None or compiling or _in_this_thread(newest):
         return newest
@@ -117,12 +118,12 @@ def active_entry(cached: Sequence[CacheEntry], compiling: bool) -> CacheEntry | 
 
 def entered_in_this_thread(cached: Sequence[CacheEntry]) -> bool:
     """Whether one of the entries was made by this thread."""
-    return bool(cached) if torch.compiler.is_compiling() else any(map(_in_this_thread, cached))
+    return bool(cached) if torch.compiler.is_compiling() else any(map(_in_this_thread, cached[:]))
 
 
 def step_vectors(cached: Sequence[CacheEntry]) -> Vectors | None:
     """The vectors of the newest entry of a step (not of a fused forward), in any thread."""
-    return next((weights.vectors.of(i) for weights, i, *_ in reversed(cached) if weights.from_step), None)
+    return next((weights.vectors.of(i) for weights, i, *_ in reversed(cached[:]) if weights.from_step), None)
 
 
 def _in_this_thread(cached: CacheEntry) -> bool:

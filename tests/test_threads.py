@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -206,6 +207,46 @@ def test_a_step_of_another_thread_that_ends_while_a_use_looks_for_it(monkeypatch
 
     monkeypatch.setattr(weight_cache, "active_entry", ends_first)
     assert torch.equal(layer(x), expected)
+
+
+def test_steps_of_other_threads_that_end_while_a_use_looks_for_its_own(monkeypatch):
+    """What is ahead of its own entry goes, so that the rest of the list moves up."""
+    net = model()
+    norm, in_this_thread = net[0].spectral_norm, weight_cache._in_this_thread
+    ends = [threading.Event() for _ in range(3)]
+    begun = [threading.Event() for _ in range(3)]
+
+    def step(i: int) -> None:
+        with fastsn.step(net, advance=False):
+            begun[i].set()
+            ends[i].wait(PATIENCE)
+
+    with ThreadPoolExecutor(3) as threads:
+        ended, asked_for = [], []
+
+        def begin(i: int) -> None:
+            ended.append(threads.submit(step, i))
+            begun[i].wait(PATIENCE)
+
+        def asked(entry: Any) -> bool:
+            asked_for.append(entry)
+            if len(asked_for) == 2:  # the newest was asked for first, and is again as one of all
+                for i in (0, 1):
+                    ends[i].set()
+                    ended[i].result()
+            return in_this_thread(entry)
+
+        begin(0)
+        begin(1)
+        with fastsn.step(net, advance=False):
+            own = norm.cached[-1]
+            begin(2)
+            monkeypatch.setattr(weight_cache, "_in_this_thread", asked)
+            try:
+                assert weight_cache.active_entry(norm.cached, compiling=False) is own
+            finally:
+                monkeypatch.undo()
+                ends[2].set()
 
 
 @pytest.mark.parametrize("evaluation", [True, False])
