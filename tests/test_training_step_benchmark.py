@@ -37,13 +37,10 @@ def discriminator(monkeypatch):
 def training_step(discriminator, monkeypatch):  # noqa: ARG001 - its path
     import training_step
 
-    in_a_step = (training_step.PLAIN, training_step.TORCH, "fastsn BSSN in a step")
-    captured, eager, _ = training_step.FIRST
-    first = [captured, eager, training_step.Group("compiled", in_a_step[::2])]
-    monkeypatch.setattr(training_step, "FIRST", first)
-    monkeypatch.setattr(
-        training_step, "REST", [training_step.Group("eager", in_a_step, x) for x in ("bfloat16", "channels_last")]
-    )
+    captured, *_ = training_step.FIRST
+    few = partial(training_step.Group, "eager", (training_step.PLAIN, training_step.TORCH, "fastsn BSSN in a step"))
+    monkeypatch.setattr(training_step, "FIRST", [captured, few()])
+    monkeypatch.setattr(training_step, "REST", [few("bfloat16")])
     return training_step
 
 
@@ -56,6 +53,11 @@ def run(training_step, monkeypatch, tmp_path, *more: str) -> dict[str, list[dict
 
 
 def test_every_contestant_has_its_figures(training_step, discriminator, monkeypatch, tmp_path, capsys):
+    captured, few = training_step.FIRST
+    every = few._replace(contestants=tuple(discriminator.NORMALIZATIONS))
+    compiled = training_step.Group("compiled", few.contestants[::2])
+    monkeypatch.setattr(training_step, "FIRST", [captured, every, compiled])
+    monkeypatch.setattr(training_step, "REST", [few._replace(variant=x) for x in ("bfloat16", "channels_last")])
     results = run(training_step, monkeypatch, tmp_path)
     assert "without a GPU no compiled, reduce-overhead and no captured steps" in capsys.readouterr().out
     steps = results["steps"]
@@ -74,7 +76,7 @@ def test_every_contestant_has_its_figures(training_step, discriminator, monkeypa
 
 
 def test_who_fails_has_its_error_in_its_row_and_the_others_their_figures(training_step, discriminator, monkeypatch):
-    captured, eager, _ = training_step.FIRST
+    captured, eager = training_step.FIRST
     setting = discriminator.Setting(2, 4)
     without_a_gpu = training_step.steps_of(captured, setting, 0)
     assert [row["contestant"] for row in without_a_gpu] == list(captured.contestants)
@@ -118,8 +120,7 @@ def test_what_follows_an_error_is_measured_in_another_process(training_step, dis
         "RuntimeError: the capture has failed after ValueError: not while capturing"
     }
     results = run(training_step, monkeypatch, tmp_path, "--go-on")
-    assert len(results["steps"]) == 9 + 8
-    assert ["error" in row for row in results["steps"]] == [True] * 9 + [False] * 8
+    assert ["error" in row for row in results["steps"]] == [True] * 3 + [False] * 3
     assert results["groups"][0] == "eager"
     assert len(results["normalization_alone"]) == 2
     assert len(started) == 1
@@ -149,7 +150,7 @@ def test_an_interrupt_loses_only_the_group_it_comes_in(training_step, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run(training_step, monkeypatch, tmp_path)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(results["steps"]) == 9
+    assert len(results["steps"]) == 3
     assert results["normalization_alone"] == []
 
 
