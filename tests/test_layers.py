@@ -110,6 +110,7 @@ def test_reset_parameters_brings_the_vectors_of_both_views_along():
         assert all(not torch.equal(before[name], value) for name, value in layer.state_dict().items())
         found, true = fastsn.sigmas(layer)[""], truth(layer.weight, 0)
         errors.append(max(abs(found.sigma_out / true["out"] - 1), abs(found.sigma_in / true["in"] - 1)))
+    assert errors[0] < 0.05 or ON == "cuda"  # which draws other numbers
     assert statistics.median(errors) < 0.05
 
 
