@@ -20,7 +20,7 @@ _ELEMENTS, _POSITIONS = 1 << 31, 2048  # beyond which the reference serves
 _prepared: dict[Any, Any] = {}  # what serves them: Prepared of fastsn/triton/plan.py
 
 
-class Kernel(NamedTuple):
+class OpSpec(NamedTuple):
     """Of an op: what checks its arguments, what serves the tensors that the kernel does not, and where among the
     arguments the weights and the scales are."""
 
@@ -38,10 +38,10 @@ class _Plain(NamedTuple):
 
 
 KERNELS = {
-    "power_iteration": Kernel(checks.check_iteration, fallback.power_iteration),
-    "power_iteration_": Kernel(checks.check_iteration, fallback.power_iteration_),
-    "rescale": Kernel(checks.check_rescale, fallback.rescale, scales_at=1),
-    "rescale_backward": Kernel(checks.check_backward, fallback.rescale_backward, weights_at=2, scales_at=3),
+    "power_iteration": OpSpec(checks.check_iteration, fallback.power_iteration),
+    "power_iteration_": OpSpec(checks.check_iteration, fallback.power_iteration_),
+    "rescale": OpSpec(checks.check_rescale, fallback.rescale, scales_at=1),
+    "rescale_backward": OpSpec(checks.check_backward, fallback.rescale_backward, weights_at=2, scales_at=3),
 }
 
 
