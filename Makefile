@@ -40,8 +40,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
 # On a machine with a GPU, torch and triton, in that python: nothing is installed. Results go to $(OUT). Three parts of
-# nine minutes at most: PART=1 whether and how fast the kernels run, PART=2 what users see of it, PART=3 a step of ImageNet,
-# memory errors and the tests on its CPU.
+# nine minutes at most: PART=1 tests, memory errors and training steps, PART=2 times of the kernels and of training,
+# PART=3 profiles, all launch settings and the tests on its CPU.
 OUT ?= gpu-results
 PART ?= 1 2 3
 FASTSN_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)

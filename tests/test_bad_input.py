@@ -40,10 +40,16 @@ def test_scale_of_another_kind(scale, error, message):
         fastsn.SSNLinear(3, 4, scale=scale)
 
 
-@pytest.mark.parametrize(("value", "message"), [("x", "a float or a tensor, got 'x'"), (-1.0, "finite and .*got -1")])
-def test_a_scale_is_checked_when_it_is_assigned(value, message):
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        *((value, TypeError, f"scale must be a float or a tensor, got {value!r}") for value in ("x", None, True)),
+        *((value, ValueError, f"scale must be finite and positive, got {value}") for value in (-1.0, float("nan"))),
+    ],
+)
+def test_a_scale_is_checked_when_it_is_assigned(value, error, message):
     layer = fastsn.BSSNLinear(4, 4, scale=1.4)
-    with pytest.raises((TypeError, ValueError), match=f"scale must be {message}"):
+    with pytest.raises(error, match=message):
         layer.spectral_norm.scale = value
     assert layer.spectral_norm.scale == 1.4
     with pytest.raises(ValueError, match=r"scale must be 1.0 for variant 'bsn', got 2"):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from captured_runs import RUNS, STEPS, configured, stepped
 from gan import checkpoint, loop, norms, optimizers
-from gan.captured import EAGER_STEPS, graph_for
+from gan.captured import EAGER_STEPS, CapturedStep, graph_for
 from gan.config import Config
 from gan.data.store import memory_store
+from gan.draws import OfGenerator
 from gan.training import Training
 from gan_rank_jobs import TINY, batches, flat
 from replayed import NeverCaptured, Replayed, training_with
@@ -30,14 +31,7 @@ def values(training: Training) -> dict[str, Tensor]:
     return found | shown | gradients
 
 
-@pytest.fixture
-def _in_float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("_in_float64")
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("run", RUNS)
 def test_replays_train_as_python_does(run):
     changes, classes = RUNS[run]
@@ -64,7 +58,7 @@ def test_a_step_of_every_method_can_be_captured(norm):
     torch.testing.assert_close(values(replayed), values(by_python), rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("_in_float64")
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("captured", [(True, False), (False, True), (True, True)])
 def test_a_run_may_go_on_with_and_without_a_graph(captured, tmp_path):
     config = configured({"norm": "bssn", "ema": 0.75, "decay_from": 2})
@@ -96,7 +90,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return [{k: x for k, x in line.items() if not k.startswith(("time", "memory", "images", "wall"))} for line in lines]
 
 
-@pytest.mark.usefixtures("_in_float64")
+@pytest.mark.usefixtures("in_float64")
 def test_what_a_run_looks_at_between_replays_is_that_of_the_step(tmp_path, monkeypatch):
     """Scalars, slopes, gradients, variances and sigmas; samples, which are drawn from the average; checkpoints."""
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
@@ -152,6 +146,23 @@ def test_a_run_without_a_gpu_is_refused_before_its_folder_is_claimed(tmp_path: P
     with pytest.raises(ValueError, match="cuda_graph must be False without a CUDA device"):
         loop.train(config, memory_store("zeros", images), resume=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_capture_that_fails_fails_again_and_nothing_is_replayed():
+    class Failing(NeverCaptured):
+        def capture(self, _: object) -> None:
+            raise RuntimeError("out of memory")
+
+        def replay(self) -> None:
+            raise AssertionError("there is nothing to replay")
+
+    step = CapturedStep(lambda _: {}, Failing())
+    inputs = [OfGenerator(torch.ones(2, 3), None)]
+    for _ in range(EAGER_STEPS):
+        step(inputs)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(inputs)
 
 
 def test_compiled_networks_are_refused():

@@ -166,8 +166,8 @@ def scalars(run: Path) -> dict[str, float]:
     return json.loads((run / "scalars.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize("method", {row[0]: name for name, row in COMPARED.items()}.values())
-def test_the_digits_train_by_a_method_of_every_norm(tmp_path, classifier_cache, method):
+@pytest.mark.parametrize("method", COMPARED)
+def test_the_digits_train_by_every_method(tmp_path, classifier_cache, method):
     run = command(tmp_path, classifier_cache, "a", "--method", method, steps=2, log_every=1, checkpoint_every=2)
     about = json.loads((run / "config.json").read_text())["config"]
     assert (about["norm"], about["loss"], about["gradient_penalty"], about["gamma"]) == COMPARED[method]

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 import fastsn
 from dispatched import Counted, needs_kernels
@@ -350,6 +350,19 @@ def test_functional_call_inside_a_step_uses_the_weight_it_is_given():
         a = layer(x)
         b = torch.func.functional_call(layer, {"weight": torch.randn(5, 4)}, (x,))
     assert not torch.allclose(a, b)
+
+
+def test_a_step_of_two_norms_on_an_orthogonal_weight():
+    layer = nn.Linear(6, 5)
+    fastsn.spectral_norm(parametrizations.orthogonal(layer), variant="ssn", scale=2.0)
+    with pytest.warns(UserWarning, match="has a spectral norm already"):
+        fastsn.spectral_norm(layer)
+    fastsn.warm_up(layer, 100)
+    assert set(fastsn.sigmas(layer)) == {"1", "2"}
+    before = state(layer)
+    with fastsn.step(layer, advance=False):
+        torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight, 2), torch.tensor(1.0))
+    assert moved(before, layer) == set()
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -133,12 +133,6 @@ OPTIMIZERS = {
 }
 
 
-# torch does not count what its fused optimizers change, so that nobody can see it inside a step: step's docstring.
-SEEN = [
-    (kind, where) for kind in OPTIMIZERS for where in ("inside", "between") if "fused" not in kind or where != "inside"
-]
-
-
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_optimizers_do_to_fastsn_what_they_do_to_torch(kind):
     if "capturable" in kind and not torch.cuda.is_available():

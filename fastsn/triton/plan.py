@@ -97,9 +97,9 @@ class Kernel:
     """A Triton kernel with the constants of a plan.
 
     The first launch goes through Triton's JIT. The ones that follow go to the program that it compiled, as Triton's
-    tutorial on fused softmax launches one: to find it again would take the JIT 10 to 25 µs. So arguments must be of the
-    types of the first launch, and tensors at multiples of 16 bytes, for which the JIT specializes; what Triton is told
-    later, to debug or instrument kernels, does not change them.
+    tutorial on fused softmax launches one: the JIT would go through all arguments to find it again. So arguments must
+    be of the types of the first launch, and tensors at multiples of 16 bytes, for which the JIT specializes; what
+    Triton is told later, to debug or instrument kernels, does not change them.
     """
 
     def __init__(self, module: ModuleType, name: str, constants: dict[str, Any]) -> None:

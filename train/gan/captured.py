@@ -85,12 +85,13 @@ class CapturedStep:
             self._eager_steps -= 1
             return self._graph.aside(lambda: self._work(inputs))
         if not self._inputs:
-            self._inputs = [each._make(None if x is None else x.clone() for x in each) for each in inputs]
-            self._scalars = self._graph.capture(lambda: self._work(self._inputs))
+            own = [each._make(None if x is None else x.clone() for x in each) for each in inputs]
+            self._scalars = self._graph.capture(lambda: self._work(own))
+            self._inputs = own
         for held, given in zip(self._inputs, inputs, strict=True):
-            for own, x in zip(held, given, strict=True):
-                if own is not None:
-                    own.copy_(x)
+            for place, x in zip(held, given, strict=True):
+                if place is not None:
+                    place.copy_(x)
         self._graph.replay()
         return {name: x.clone() for name, x in self._scalars.items()}
 
